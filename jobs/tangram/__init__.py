@@ -1,0 +1,1 @@
+"""How the embedded backbone is made: drawings, the parts that learn from them, and their figures."""

@@ -1,0 +1,254 @@
+"""What a method is: one small abstract class for each kind of stage.
+
+A stage is a plain callable that runs in a notebook: it knows neither the store nor Ray. Its settings class
+sits beside it, and `@registry.method` gives it the name that configs use.
+
+Shape letters: B batch of candidates, N images, K seeds, C H W latent, h w image (h = w = native size).
+Images are float32 RGB in [-1, 1], latents are float32, unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from jaxtyping import Float
+
+from schemas.records import Combination, Verdict
+from schemas.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from stages.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a stage needs, as data. Only the Ray runner reads it."""
+
+    device: Literal["accelerator", "cpu"] = "accelerator"
+
+
+class Backbone(Protocol):
+    """A diffusion model behind our interface. Methods call these and never touch a diffusers class."""
+
+    fingerprint: str  # of weights, architecture and dtype
+    latent_shape: tuple[int, int, int]  # C, H, W at the native size
+    image_size: int  # h = w, pixels
+    prediction_type: Literal["epsilon", "v_prediction"]
+    alphas_cumprod: Tensor  # (T,) float64, ᾱ_t of the training schedule
+    timestep_spacing: Literal["leading", "trailing", "linspace"]
+    steps_offset: int
+    final_alpha_cumprod: float  # ᾱ after the last step: 1, or ᾱ_0 when set_alpha_to_one is false
+    device: Any
+    dtype: Any
+
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
+        """Text embeddings, one row a prompt."""
+        ...
+
+    def predict(
+        self, z_BCHW: Float[Tensor, "B C H W"], t: int, text_BLD: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B C H W"]:
+        """The model's output (ε or v, as `prediction_type` says) at training timestep `t`."""
+        ...
+
+    def encode(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C H W"]:
+        """Posterior mean of the VAE, scaled to unit variance."""
+        ...
+
+    def decode(self, z_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
+        """Images, not clamped, differentiable."""
+        ...
+
+
+class ClipModel(Protocol):
+    """An image-text model. Features are not normalised."""
+
+    fingerprint: str
+    logit_scale: float
+
+    def encode_image(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B E"]: ...
+
+    def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B E"]: ...
+
+
+class ImageClassifier(Protocol):
+    fingerprint: str
+    classes: tuple[str, ...]
+
+    def logits(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B K"]: ...
+
+
+class Models(Protocol):
+    """The models of a worker: each is loaded once, when first asked for."""
+
+    def clip(self, model: str) -> ClipModel: ...
+
+    def classifier(self, model: str) -> ImageClassifier: ...
+
+    def fingerprint(self, kind: Literal["clip", "classifier"], model: str) -> str:
+        """What `clip(model).fingerprint` would be, without loading the weights into memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Seeds of a batch of images, with one mapping of measurements an image (see `stages.gaussianity`)."""
+
+    z_BCHW: Float[Tensor, "B C H W"]
+    measures: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Refined:
+    z_BCHW: Float[Tensor, "B C H W"]
+    losses: list[list[float]]  # the loss of each row before each iteration and after the last one
+
+
+class Method(ABC):
+    """A named method of one kind of stage. `version` is raised when the same settings give other bytes."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    Config: ClassVar[type[Settings]]
+    version: ClassVar[int] = 1
+    resources: ClassVar[Resources] = Resources()
+
+    def __init__(self, config: Any):
+        self.config = config
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file that may become a reference. `read` gives its bytes; an I/O error there stops the build."""
+
+    origin: str  # unique within the source and independent of where the source lies: "rose/0001.jpg"
+    label: str
+    read: Callable[[], bytes]
+
+
+class Read(Method):
+    kind = "read"
+    resources = Resources(device="cpu")
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """Every file of the source, in an order that does not depend on the file system.
+
+        Raises `UserError` when the source does not exist or is empty.
+        """
+
+
+class Invert(Method):
+    kind = "invert"
+
+    @abstractmethod
+    def __call__(
+        self, backbone: Backbone, image_B3hw: Float[Tensor, "B 3 h w"], prompt: str
+    ) -> Inverted:
+        """The seeds from which the backbone draws the images, with what was measured of each."""
+
+
+class Combine(Method):
+    kind = "combine"
+    resources = Resources(device="cpu")
+
+    @abstractmethod
+    def seeds_needed(self) -> int:
+        """The fewest reference seeds of a class with which the method makes sense."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, seeds: int) -> Combination:
+        """Which of `seeds` reference seeds a candidate combines, and how. Needs no model."""
+
+    @abstractmethod
+    def __call__(
+        self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float]
+    ) -> Float[Tensor, "C H W"]:
+        """One seed from the K parents that `draw` chose, in its order, with its weights."""
+
+
+class Refine(Method):
+    kind = "refine"
+
+    def models(self) -> Mapping[str, str]:
+        """The scoring models that the method uses, kind → name, for fingerprints: {"clip": "tangram"}."""
+        return {}
+
+    def prepare(
+        self, backbone: Backbone, models: Models, image_N3hw: Float[Tensor, "N 3 h w"]
+    ) -> dict[str, Tensor]:
+        """The artifact of a class, made once from its references and shared by all its units."""
+        return {}
+
+    @abstractmethod
+    def __call__(
+        self,
+        backbone: Backbone,
+        models: Models,
+        z_BCHW: Float[Tensor, "B C H W"],
+        prompt: str,
+        sampler: Sampler,
+        artifact: Mapping[str, Tensor],
+    ) -> Refined:
+        """Better seeds for the same prompt. `sampler` is the one that will draw the images."""
+
+
+class Generate(Method):
+    kind = "generate"
+
+    @abstractmethod
+    def sampler(self) -> Sampler:
+        """The sampler settings with which images are drawn."""
+
+    @abstractmethod
+    def __call__(
+        self, backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], prompt: str
+    ) -> Float[Tensor, "B 3 h w"]:
+        """Images in [-1, 1], one a seed."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a filter is asked about a batch of images: are they pictures of `target`, and not of `others`?
+
+    Classes as people read them ("red star"), and the prompts that stand for them.
+    """
+
+    target: str
+    prompt: str
+    others: Mapping[str, str] = field(default_factory=dict)  # every other class of the build → its prompt
+
+
+class Filter(Method):
+    kind = "filter"
+
+    def models(self) -> Mapping[str, str]:
+        """The scoring models that the method uses, kind → name, for fingerprints."""
+        return {}
+
+    @abstractmethod
+    def scored(self) -> Mapping[str, Any]:
+        """The settings that scores depend on; thresholds are not among them."""
+
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Names of the score columns, all float64."""
+
+    def check(self, models: Models, question: Question) -> None:
+        """Raise `UserError` when the question cannot be answered (a class that a classifier lacks)."""
+
+    @abstractmethod
+    def score(
+        self, models: Models, image_B3hw: Float[Tensor, "B 3 h w"], question: Question
+    ) -> dict[str, list[float]]:
+        """Scores of decoded images, a list of B numbers for each of `columns`."""
+
+    @abstractmethod
+    def decide(self, scores: Mapping[str, float]) -> Verdict:
+        """The verdict on one image from its scores and the thresholds of the settings. Pure."""
