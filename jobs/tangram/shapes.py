@@ -123,7 +123,7 @@ def _crescent(shift: float) -> np.ndarray:
     tip_outer = np.arccos(x)
     tip_inner = np.arctan2(np.sqrt(1 - x**2), x - shift)
     outer = _polar(np.linspace(tip_outer, 2 * np.pi - tip_outer, 64), 1.0)
-    inner = _polar(np.linspace(2 * np.pi - tip_inner, tip_inner, 64), bite) + (shift, 0)
+    inner = _polar(np.linspace(2 * np.pi - tip_inner, tip_inner, 64), bite) + np.array([shift, 0.0])
     return np.concatenate([outer, inner])
 
 

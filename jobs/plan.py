@@ -1,0 +1,145 @@
+"""`seedloom plan FILE`: what a build would do, and what is there already. Loads no model, writes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.options import ConfigFile, Json, Overrides
+
+
+def plan(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> None:
+    """Targets, quotas, candidates at most, units, bytes, and what is there already."""
+    from pipeline.config import load
+
+    facts = describe(load(file, overrides or []))
+    if json:
+        import json as json_library
+
+        print(json_library.dumps(facts))
+        return
+    _print(facts)
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """The plan as plain data."""
+    from pipeline.build import existing, resolve, survey
+
+    store, made = resolve(config)
+    state = survey(store, made)
+    manifest = existing(store, made)
+    part_bytes, parts_seen = 0, 0
+    streams = []
+    for stream in made.streams:
+        known = state.streams[stream.id]
+        there = state.generated[stream.id]
+        for unit in sorted(there)[:4]:
+            part_bytes += store.fs.size(store.path(f"parts/{stream.id}/{unit:06d}.parquet"))
+            parts_seen += stream.unit
+        selection = known.select()
+        streams.append(
+            {
+                "target": stream.label,
+                "recipe": stream.recipe,
+                "quota": stream.quota,
+                "references": len(stream.references),
+                "units": stream.max_units,
+                "candidates_at_most": stream.max_units * stream.unit,
+                "units_there": len(there),
+                "units_scored": len(known.outcomes),
+                "accepted_there": len(selection.accepted),
+                "units_needed": len(known.needed()),
+                # a unit that overshoots its quota by more than half of itself wastes more than it keeps
+                "mostly_surplus": stream.quota * 2 < stream.unit,
+            }
+        )
+    bytes_each = part_bytes / parts_seen if parts_seen else _estimate(made)
+    return {
+        "build": made.build_id,
+        "complete": manifest is not None,
+        "references": made.lock.account(),
+        "streams": streams,
+        "seeds_to_invert": _seeds_missing(store, made),
+        "bytes_at_least": round(sum(s["units_needed"] for s in streams) * _unit(made) * bytes_each),
+        "bytes_at_most": round(sum(s["candidates_at_most"] for s in streams) * bytes_each),
+        "bytes_measured": parts_seen > 0,
+    }
+
+
+def _unit(made: Any) -> float:
+    return sum(s.unit for s in made.streams) / len(made.streams)
+
+
+def _seeds_missing(store: Any, made: Any) -> int:
+    missing = set()
+    for stream in made.streams:
+        if stream.seeds:
+            there = set(store.list(f"seeds/{stream.seeds}"))
+            missing |= {
+                (stream.seeds, r.sha256) for r in stream.references if f"{r.sha256}.safetensors" not in there
+            }
+    return len(missing)
+
+
+def _estimate(made: Any) -> float:
+    """Bytes of a candidate before any was made: half a byte a pixel, as a photograph at JPEG 95."""
+    from stages.backbones.latent_diffusion import native_pixels
+
+    return 0.5 * native_pixels(made.config.backbone) + 500
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None)
+    table = Table(box=None, pad_edge=False)
+    for name in (
+        "target",
+        "recipe",
+        "quota",
+        "refs",
+        "candidates ≤",
+        "units ≤",
+        "there",
+        "needed",
+        "accepted",
+    ):
+        table.add_column(name, justify="left" if name in ("target", "recipe") else "right")
+    for s in facts["streams"]:
+        table.add_row(
+            s["target"], s["recipe"], str(s["quota"]), str(s["references"]), str(s["candidates_at_most"]),
+            str(s["units"]), str(s["units_there"]), str(s["units_needed"]), str(s["accepted_there"]),
+        )  # fmt: skip
+    console.print(table)
+    refused = sum(n["quarantined"] for n in facts["references"].values())
+    admitted = sum(n["admitted"] for n in facts["references"].values())
+    console.print(
+        f"references: {admitted} admitted, {refused} quarantined; {facts['seeds_to_invert']} seeds to invert"
+    )
+    kind = "measured on parts that exist" if facts["bytes_measured"] else "estimated"
+    console.print(
+        f"still to generate: at least {_size(facts['bytes_at_least'])},"
+        f" in all at most {_size(facts['bytes_at_most'])} ({kind})"
+    )
+    for s in facts["streams"]:
+        if s["mostly_surplus"]:
+            console.print(
+                f"warning: {s['target']} / {s['recipe']} asks for {s['quota']} images, but a unit makes"
+                f" more than twice as many; set recipes.{s['recipe']}.unit lower"
+            )
+    state = "complete, nothing to do" if facts["complete"] else "not complete"
+    console.print(f"build {facts['build']}: {state}")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    run(plan)

@@ -1,0 +1,69 @@
+"""`seedloom reproduce URI KEY`: make one sample again and compare it with the stored one, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.options import BuildId, Uri
+
+
+def reproduce(
+    uri: Uri,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The key of a sample, as in the shards.")],
+    build: BuildId = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the image that was made again to this file.")
+    ] = None,
+) -> None:
+    """Run the device batch of one sample again and say whether its bytes agree. Exit code 1 if not."""
+    from pipeline.build import named, replan
+    from pipeline.store import Store
+    from pipeline.worker import Worker
+
+    store = Store(uri)
+    manifest = named(store, build)
+    row = find(store, manifest, key)
+    worker = Worker(replan(store, manifest), uri)
+    image = worker.remake(row["stream"], row["index"])
+    if out is not None:
+        out.write_bytes(image)
+    same = image == row["image"]
+    print(f"{key}: class {row['class']}, recipe {row['recipe']}, candidate {row['index']}")
+    print(f"  prompt  {row['prompt']}")
+    for parent, weight in zip(row["parents"], row["weights"], strict=True):
+        print(f"  parent  {parent}  weight {weight:.6f}")
+    print(f"  stored  {row['image_sha256']}  {len(row['image'])} bytes")
+    if same:
+        print("  made again: the same bytes")
+        return
+    print(f"  made again: {len(image)} other bytes")
+    here, there = worker.environment(), manifest.environments
+    if here not in there:
+        differing = {k: v for k, v in here.items() if all(e.get(k) != v for e in there)}
+        print(f"  this environment differs from the build's: {differing}")
+    raise typer.Exit(1)
+
+
+def find(store: Any, manifest: Any, key: str) -> dict[str, Any]:
+    """The Parquet row of a sample, with the stored image bytes. Raises `UserError`."""
+    import pyarrow.compute as pc
+
+    from pipeline.parts import read_table
+    from schemas.errors import UserError
+
+    for shard in manifest.shards:
+        base = f"builds/{manifest.build_id}/shards/{shard.name}"
+        table = read_table(store, f"{base}.parquet")
+        for row in table.filter(pc.field("key") == key).to_pylist():
+            row["image"] = store.get_range(f"{base}.tar", row["offset"], row["length"])
+            return row
+    raise UserError(f"{key!r}: no such sample in build {manifest.build_id}; keys are in its Parquet files")
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    run(reproduce)

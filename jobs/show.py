@@ -1,0 +1,113 @@
+"""`seedloom show URI`: a contact sheet. Per target, references beside accepted and rejected candidates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.options import BuildId, Uri
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CELL, GAP, CAPTION, MARGIN = 72, 4, 18, 16  # pixels
+COLUMNS = (("references", 4), ("accepted", 8), ("rejected", 4))  # heading, images a row
+INK, PAPER, FAINT, RED, GREEN = "#1d1f21", "#ffffff", "#8a8f94", "#c0392b", "#2e8b57"
+
+
+def show(
+    uri: Uri,
+    build: BuildId = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("contact_sheet.png"),
+    rows: Annotated[int, typer.Option(min=1, help="Rows of images for each target.")] = 2,
+) -> None:
+    """Write a contact sheet of a build as a PNG."""
+    from pipeline.build import named, replan
+    from pipeline.store import Store
+
+    store = Store(uri)
+    manifest = named(store, build)
+    sheet(store, manifest, replan(store, manifest), rows).save(out)
+    print(out)
+
+
+def sheet(store: Any, manifest: Any, plan: Any, rows: int) -> Image:
+    """The contact sheet. Reads references, shards' parts and scores from the store."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
+    block = rows * (CELL + GAP) + CAPTION * 2 + MARGIN
+    width = MARGIN * 4 + sum(n * (CELL + GAP) for _, n in COLUMNS)
+    height = MARGIN * 2 + CAPTION * 2 + block * len(manifest.targets)
+    page = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(page)
+    title = f"{manifest.name} · {manifest.samples} samples · build {manifest.build_id}"
+    pen.text((MARGIN, MARGIN), title, INK, bold)
+    y = MARGIN * 2 + CAPTION
+    for label, target in manifest.targets.items():
+        accounts = target.recipes.values()
+        counts = {
+            "references": target.admitted,
+            "accepted": sum(r.accepted for r in accounts),
+            "rejected": sum(sum(r.rejected.values()) for r in accounts),
+        }
+        failed, missing = sum(r.failed for r in accounts), sum(r.missing for r in accounts)
+        note = (f"  ·  {failed} failed" if failed else "") + (f"  ·  short by {missing}" if missing else "")
+        pen.text((MARGIN, y), plan.config.readable(label) + note, INK, bold)
+        x = MARGIN
+        pictures = _pictures(store, plan, label, rows)
+        for name, columns in COLUMNS:
+            colour = {"accepted": GREEN, "rejected": RED}.get(name, FAINT)
+            pen.text((x, y + CAPTION), f"{counts[name]} {name}", colour, font)
+            for place, picture in enumerate(pictures[name][: rows * columns]):
+                corner = (
+                    x + place % columns * (CELL + GAP),
+                    y + 2 * CAPTION + place // columns * (CELL + GAP),
+                )
+                page.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), corner)
+                if name == "rejected":
+                    pen.rectangle((*corner, corner[0] + CELL - 1, corner[1] + CELL - 1), outline=RED, width=2)
+            x += columns * (CELL + GAP) + MARGIN
+        y += block
+    return page
+
+
+def _pictures(store: Any, plan: Any, label: str, rows: int) -> dict[str, list[Image]]:
+    """Heading → the first images of a target, in candidate order."""
+    from pipeline.pack import read_unit
+    from pipeline.parts import account
+    from pipeline.references import fetch, reference_name
+    from pipeline.select import FAILED, PASSED
+    from stages.images import decode
+
+    wanted = {name: rows * columns for name, columns in COLUMNS}
+    found: dict[str, list[Image]] = {name: [] for name in wanted}
+    for reference in plan.lock.classes.get(label, ())[: wanted["references"]]:
+        # only references that a recipe used are kept in the store
+        if store.exists(reference_name(reference.sha256)):
+            found["references"].append(_square(decode(fetch(store, reference.sha256))))
+    for stream in (s for s in plan.streams if s.label == label):
+        for unit in range(stream.max_units):
+            judged = account(store, stream, unit)
+            if judged is None or all(len(found[n]) >= wanted[n] for n in ("accepted", "rejected")):
+                break
+            candidates = read_unit(store, plan, stream.id, unit)
+            for candidate, outcome in zip(candidates, judged.outcomes, strict=True):
+                if outcome != FAILED:
+                    name = "accepted" if outcome == PASSED else "rejected"
+                    found[name].append(decode(candidate["image"]))
+    return found
+
+
+def _square(image: Image) -> Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    run(show)

@@ -1,0 +1,364 @@
+"""A build, from its config to its manifest; and packing what exists without generating.
+
+    references.lock ─► plan ─► invert ─► prepare ─► units until selection is final ─► pack ─► manifest
+
+Every step looks first at what is there, so the same call finishes what a crash left, extends what a changed
+config asks for, or finds that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from pipeline import pack, parts
+from pipeline.config import BuildConfig, parse
+from pipeline.phases import ListWork, Units, tallies
+from pipeline.plan import Plan, StreamPlan, make_plan
+from pipeline.references import Lock, keep, scan
+from pipeline.select import Selection, Stream
+from pipeline.store import Store
+from pipeline.tasks import (
+    Done,
+    InvertTask,
+    PrepareTask,
+    Receipt,
+    Runner,
+    ShardReceipt,
+    Task,
+)
+from pipeline.telemetry import Telemetry
+from schemas.errors import Interrupted, UserError
+from schemas.ids import sha256
+from schemas.manifest import Manifest, RecipeAccount, Shard, TargetAccount
+from schemas.records import Reference
+from schemas.sealed import seal, unseal
+
+
+@dataclass
+class State:
+    """What the store holds for a plan."""
+
+    streams: dict[str, Stream]
+    environments: dict[str, dict[int, str]]  # stream → unit → environment of its part
+    generated: dict[str, set[int]]  # stream → units whose part exists, scored or not
+
+    def selections(self) -> dict[str, Selection]:
+        return {name: stream.select() for name, stream in self.streams.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    manifest: Manifest
+    folder: str
+    made: bool  # false: there was nothing to do
+    seconds: dict[str, float] = field(default_factory=dict)
+    units: int = 0
+    busy_share: float | None = None
+
+
+def resolve(config: BuildConfig) -> tuple[Store, Plan]:
+    """Look at the references and plan. Writes nothing."""
+    store = Store(config.output)
+    return store, make_plan(config, scan(config.references, store))
+
+
+def survey(store: Store, plan: Plan) -> State:
+    """What is committed of each stream: receipts are read from parts and scores, nothing is computed."""
+    state = State({}, {}, {})
+    for stream in plan.streams:
+        known = Stream(stream.quota, stream.max_units, stream.unit)
+        environments: dict[int, str] = {}
+        found = {int(n.removesuffix(".parquet")) for n in store.list(f"parts/{stream.id}")}
+        for unit in sorted(found):
+            if unit < stream.max_units and (account := parts.account(store, stream, unit)):
+                known.outcomes[unit] = account.outcomes
+                environments[unit] = account.environment
+        state.streams[stream.id] = known
+        state.environments[stream.id] = environments
+        state.generated[stream.id] = found
+    return state
+
+
+def existing(store: Store, plan: Plan) -> Manifest | None:
+    name = f"{plan.build_folder}/manifest.json"
+    try:
+        return Manifest.from_bytes(store.get(name), f"{store.uri}/{name}")
+    except FileNotFoundError:
+        return None
+
+
+def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan, str], Runner]) -> Result:
+    """Make the dataset, or what is missing of it. Raises `UserError`, `Interrupted`."""
+    started = time.time()
+    store, plan = resolve(config)
+    if manifest := existing(store, plan):
+        _record(store, manifest)
+        return Result(manifest, plan.build_folder, made=False)
+    store.probe()
+    seconds: dict[str, float] = {}
+    state = survey(store, plan)
+    units = Units(plan, state.streams, state.environments, telemetry)
+
+    def timed(name: str, step: Callable[[], Any]) -> Any:
+        begin = time.monotonic()
+        value = step()
+        seconds[name] = round(time.monotonic() - begin, 3)
+        return value
+
+    try:
+        keep(config.references, store, plan.used_references())
+        telemetry.say(f"build {plan.build_id}: starting workers")
+        runner = make_runner(plan, config.output)
+        timed("start", runner.__enter__)
+        try:
+            _commit_inputs(store, plan)
+            timed("invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan)))
+            timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))
+            if todo := units.remaining():
+                telemetry.phase("generate", todo)
+                telemetry.tallies(tallies(plan, state.streams))
+                timed("generate", lambda: runner.run(units))
+            selections = state.selections()
+            tasks = pack.plan_shards(plan, selections)
+            shards: list[ShardReceipt] = timed("pack", lambda: _pack(runner, telemetry, tasks))
+        finally:
+            runner.__exit__()
+    except KeyboardInterrupt:
+        done = sum(t.accepted for t in tallies(plan, state.streams).values())
+        raise Interrupted(
+            f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to go on"
+        ) from None
+    manifest = _finish(store, plan, state, selections, shards)
+    busy = seconds.get("generate", 0) * runner.workers
+    result = Result(
+        manifest, plan.build_folder, True, seconds, units.generated,
+        round(units.busy_seconds / busy, 4) if busy else None,
+    )  # fmt: skip
+    _write_run(store, plan, result, runner, started)
+    return result
+
+
+def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]:
+    """Select from what exists and pack it. Generates nothing.
+
+    Returns the result, or label → missing images when what exists does not suffice; then nothing is written.
+    """
+    store, plan = resolve(config)
+    if manifest := existing(store, plan):
+        _record(store, manifest)
+        return Result(manifest, plan.build_folder, made=False)
+    state = survey(store, plan)
+    selections = state.selections()
+    short: dict[str, int] = {}
+    for stream in plan.streams:
+        if selections[stream.id].unknown:
+            short[stream.label] = short.get(stream.label, 0) + selections[stream.id].missing
+    if short:
+        return short
+    store.probe()
+    _commit_inputs(store, plan)
+    shards: list[ShardReceipt] = []
+    tasks = pack.plan_shards(plan, selections)
+    telemetry.phase("pack", sum(len(task.shards) for task in tasks))
+    for task in tasks:
+        shards += pack.write_shards(store, plan, task)
+        telemetry.advance(len(task.shards))
+    return Result(_finish(store, plan, state, selections, shards), plan.build_folder, made=True)
+
+
+def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]) -> None:
+    if not tasks:
+        return
+
+    def received(task: Task, receipt: Receipt) -> None:
+        assert isinstance(receipt, Done)
+        telemetry.advance(receipt.items)
+
+    total = sum(len(t.references) if isinstance(t, InvertTask) else 1 for t in tasks)
+    telemetry.phase(name, total)
+    runner.run(ListWork(tasks, received))
+
+
+def _inversions(store: Store, plan: Plan) -> list[Task]:
+    """Device batches of references whose seeds are missing; one image is inverted once per prompt."""
+    from pipeline.worker import seed_name
+
+    tasks: list[Task] = []
+    seen: set[str] = set()
+    for stream in plan.streams:
+        if stream.seeds is None or stream.seeds in seen:
+            continue
+        seen.add(stream.seeds)
+        absent = [r for r in stream.references if not store.exists(seed_name(stream.seeds, r))]
+        tasks += [InvertTask(stream.id, tuple(batch)) for batch in _batches(absent, stream.batch)]
+    return tasks
+
+
+def _batches(references: list[Reference], size: int) -> Iterable[list[Reference]]:
+    return (references[i : i + size] for i in range(0, len(references), size))
+
+
+def _preparations(store: Store, plan: Plan) -> list[Task]:
+    from pipeline.worker import artifact_name
+
+    wanted = {s.artifact: s for s in plan.streams if s.artifact is not None}
+    return [
+        PrepareTask(stream.id)
+        for artifact, stream in wanted.items()
+        if not store.exists(artifact_name(artifact))
+    ]
+
+
+def _pack(runner: Runner, telemetry: Telemetry, tasks: list[pack.PackTask]) -> list[ShardReceipt]:
+    shards: list[ShardReceipt] = []
+
+    def received(task: Task, receipt: Receipt) -> None:
+        assert isinstance(receipt, tuple)
+        shards.extend(receipt)
+        telemetry.advance(len(receipt))
+
+    telemetry.phase("pack", sum(len(task.shards) for task in tasks))
+    runner.run(ListWork(tasks, received))
+    return shards
+
+
+def _inputs(plan: Plan) -> dict[str, bytes]:
+    config = yaml.safe_dump(plan.config.described(), sort_keys=True, allow_unicode=True)
+    return {"config.yaml": config.encode(), "references.lock": plan.lock.to_bytes()}
+
+
+def _commit_inputs(store: Store, plan: Plan) -> None:
+    for name, data in _inputs(plan).items():
+        store.put_new(f"{plan.build_folder}/{name}", data)
+
+
+def _finish(
+    store: Store, plan: Plan, state: State, selections: dict[str, Selection], shards: list[ShardReceipt]
+) -> Manifest:
+    """Write the manifest and enter the build into the history."""
+    used = {
+        state.environments[name][unit]
+        for name, selection in selections.items()
+        for unit in range(selection.units)
+    }
+    references = plan.lock.account()
+    targets: dict[str, dict[str, Any]] = {}
+    for stream in plan.streams:
+        counted = references.get(stream.label, {"admitted": 0, "quarantined": 0})
+        target = targets.setdefault(
+            stream.label,
+            {"class_index": stream.class_index, "prompt": stream.prompt, **counted, "recipes": {}},
+        )
+        target["recipes"][stream.recipe] = _recipe_account(stream, selections[stream.id])
+    manifest = Manifest(
+        build_id=plan.build_id,
+        name=plan.config.name,
+        samples=sum(shard.rows for shard in shards),
+        classes=plan.classes,
+        targets={label: TargetAccount.model_validate(target) for label, target in targets.items()},
+        quarantined={label: n["quarantined"] for label, n in references.items() if n["quarantined"]},
+        shards=tuple(Shard(**vars(shard)) for shard in sorted(shards, key=lambda s: s.name)),
+        files={name: sha256(data) for name, data in _inputs(plan).items()},
+        models=dict(plan.models),
+        environments=tuple(json.loads(e) for e in sorted(used)),
+    )
+    store.put_new(f"{plan.build_folder}/manifest.json", manifest.to_bytes())
+    _record(store, manifest)
+    return manifest
+
+
+def _recipe_account(stream: StreamPlan, selection: Selection) -> RecipeAccount:
+    return RecipeAccount(
+        quota=stream.quota,
+        accepted=len(selection.accepted),
+        candidates=selection.candidates,
+        rejected=dict(selection.rejected),
+        surplus=selection.surplus,
+        failed=selection.failed,
+        missing=selection.missing,
+        exhausted=selection.exhausted,
+    )
+
+
+def history(store: Store) -> list[dict[str, Any]]:
+    """The complete builds of a store, oldest first."""
+    numbers = sorted(int(name.removesuffix(".json")) for name in store.list("history"))
+    return [unseal(store.get(f"history/{n}.json"), f"{store.uri}/history/{n}.json") for n in numbers]
+
+
+def _record(store: Store, manifest: Manifest) -> None:
+    """Enter a build into the history unless it is the newest there, and point to it."""
+    while True:
+        entries = history(store)
+        if entries and entries[-1]["build_id"] == manifest.build_id:
+            return
+        entry = {
+            "number": len(entries) + 1,
+            "build_id": manifest.build_id,
+            "name": manifest.name,
+            "samples": manifest.samples,
+            "manifest_sha256": sha256(manifest.to_bytes()),
+        }
+        if store.put_new(f"history/{entry['number']}.json", seal(entry)):
+            store.put("latest.json", seal(entry))
+            return
+
+
+def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started: float) -> None:
+    """Times and hosts: what differs between two runs of one build, and nothing else depends on."""
+    facts = {
+        "build_id": plan.build_id,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": result.seconds,
+        "units_generated": result.units,
+        "busy_share": result.busy_share,
+        "workers": runner.workers,
+        "restarts": getattr(runner, "restarts", 0),
+        "retries": getattr(runner, "retries", 0),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "run": plan.config.run.model_dump(mode="json"),
+        "references": getattr(plan.config.references, "uri", None),
+    }
+    store.put(f"{plan.build_folder}/run.json", seal(facts))
+
+
+def named(store: Store, build_id: str | None = None) -> Manifest:
+    """The manifest of a build, by default of the newest complete one. Raises `UserError`."""
+    if build_id is None:
+        entries = history(store)
+        if not entries:
+            raise UserError(f"{store.uri}: no complete build there; run `seedloom build` first")
+        build_id = entries[-1]["build_id"]
+    name = f"builds/{build_id}/manifest.json"
+    try:
+        return Manifest.from_bytes(store.get(name), f"{store.uri}/{name}")
+    except FileNotFoundError:
+        known = ", ".join(store.list("builds")) or "none"
+        raise UserError(f"{store.uri}: no complete build {build_id!r}; builds there: {known}") from None
+
+
+def replan(store: Store, manifest: Manifest) -> Plan:
+    """The plan of a complete build, from what is kept with it. Raises `UserError` when it cannot be had."""
+    folder = f"builds/{manifest.build_id}"
+    content = yaml.safe_load(store.get(f"{folder}/config.yaml"))
+    lock = Lock.from_bytes(store.get(f"{folder}/references.lock"), f"{store.uri}/{folder}/references.lock")
+    if content.get("references"):
+        content["references"]["uri"] = "kept-in-the-store"
+    plan = make_plan(parse({**content, "output": store.uri}, f"{folder}/config.yaml"), lock)
+    if plan.build_id != manifest.build_id:
+        raise UserError(
+            f"build {manifest.build_id} was made with other models or methods than the ones here, which would"
+            f" make {plan.build_id}; use the seedloom and model versions of that build"
+        )
+    return plan

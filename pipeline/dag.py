@@ -1,0 +1,163 @@
+"""The DAG of a candidate, on one screen.
+
+    reference seeds ─► combine ─► refine ─► generate ─► encode ─► (part) ─► decode ─► filter ─► (scores)
+    random noise ────────┘           ▲
+    class artifact ──────────────────┘
+
+A batch always has the same shape: rows that are finished, poisoned or not asked for are filled by a dummy,
+and no row depends on its neighbours or its slot. So a candidate's bytes depend on its identity alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import BuildConfig, Recipe, method_of
+from pipeline.plan import StreamPlan
+from schemas.errors import UserError
+from schemas.ids import random_stream, sha256
+from schemas.records import Combination
+from stages import images
+from stages.contract import Backbone, Models
+
+# An image whose values vary less than this (standard deviation, of 255) shows nothing.
+FLAT = 1.0
+
+
+class CandidateFault(Exception):
+    """A candidate came to nothing: its image is not finite, or flat."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished candidate: its encoded image and how it came to be."""
+
+    index: int
+    image: bytes
+    width: int
+    height: int
+    combination: Combination | None
+    losses: Sequence[float]
+    seed_sha256: str
+    seed_norm: float
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What the candidates of a stream are made from."""
+
+    seeds_KCHW: Tensor | None  # reference seeds, in the order of the stream's references
+    artifact: Mapping[str, Tensor]
+
+
+class Dag:
+    """The stages of one recipe on one backbone."""
+
+    def __init__(self, config: BuildConfig, recipe: Recipe, backbone: Backbone, models: Models):
+        self.rng_seed, self.encoding = config.rng_seed, config.shard
+        self.recipe, self.backbone, self.models = recipe, backbone, models
+        self.combine = method_of("combine", recipe.combine) if recipe.combine else None
+        self.refine = method_of("refine", recipe.refine) if recipe.refine else None
+        self.generate = method_of("generate", recipe.generate)
+
+    def run(
+        self, stream: StreamPlan, materials: Materials, slots: Sequence[int | None]
+    ) -> dict[int, Candidate | CandidateFault]:
+        """Make the candidates in `slots`, one device batch; None is a dummy. Index → candidate or fault."""
+        combinations = [self.combination(stream, i) for i in slots]
+        seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
+        z_BCHW = torch.stack(seeds).to(self.backbone.device)
+        losses: Sequence[Sequence[float]] = [()] * len(slots)
+        if self.refine is not None:
+            refined = self.refine(
+                self.backbone, self.models, z_BCHW, stream.prompt, self.generate.sampler(), materials.artifact
+            )
+            z_BCHW, losses = refined.z_BCHW, refined.losses
+        image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
+
+        finite = torch.isfinite(image_B3hw).flatten(1).all(1).tolist()
+        pixels_Bhw3 = images.to_uint8(image_B3hw)
+        z_BCHW = z_BCHW.float().cpu()
+        made: dict[int, Candidate | CandidateFault] = {}
+        for slot, index in enumerate(slots):
+            if index is None:
+                continue
+            if not finite[slot]:
+                made[index] = CandidateFault("the image is not finite")
+            elif (deviation := float(pixels_Bhw3[slot].std())) < FLAT:
+                made[index] = CandidateFault(f"the image is flat (deviation {deviation:.2f} < {FLAT} of 255)")
+            else:
+                z_CHW = z_BCHW[slot].contiguous()
+                made[index] = Candidate(
+                    index=index,
+                    image=images.encode(pixels_Bhw3[slot], self.encoding.image, self.encoding.quality),
+                    width=pixels_Bhw3.shape[2],
+                    height=pixels_Bhw3.shape[1],
+                    combination=combinations[slot],
+                    losses=losses[slot],
+                    seed_sha256=sha256(z_CHW.numpy().tobytes()),
+                    seed_norm=float(z_CHW.double().norm() / z_CHW.numel() ** 0.5),
+                )
+        return made
+
+    def combination(self, stream: StreamPlan, index: int | None) -> Combination | None:
+        """Which reference seeds candidate `index` combines; None for noise and dummies."""
+        if self.combine is None or index is None:
+            return None
+        rng = random_stream(self.rng_seed, "combine", stream.label, stream.recipe, index)
+        return self.combine.draw(rng, len(stream.references))
+
+    def seed(
+        self, stream: StreamPlan, materials: Materials, index: int | None, chosen: Combination | None
+    ) -> Tensor:
+        """z_T of a candidate, float32 (C, H, W) on the CPU."""
+        if chosen is not None:
+            assert materials.seeds_KCHW is not None
+            assert self.combine is not None
+            return self.combine(materials.seeds_KCHW[list(chosen.parents)], chosen.weights).float()
+        identity = (
+            ("dummy",) if index is None else (self.rng_seed, "noise", stream.label, stream.recipe, index)
+        )
+        noise = random_stream(*identity).standard_normal(self.backbone.latent_shape, dtype=np.float32)
+        return torch.from_numpy(noise)
+
+
+def score(
+    stream: StreamPlan, models: Models, encoded: Sequence[bytes | None], chosen: Any
+) -> dict[str, list[float | None]]:
+    """Scores of a part's images by one filter, computed on the decoded bytes; None for failed candidates."""
+    columns: dict[str, list[float | None]] = {name: [] for name in chosen.columns()}
+    for batch in in_batches(encoded, stream.batch):
+        pixels = [None if data is None else images.decode(data) for data in batch]
+        size = next((p.size for p in pixels if p is not None), None)
+        if size is None:
+            scores: Mapping[str, Sequence[float]] = {name: [0.0] * len(batch) for name in columns}
+        else:
+            blank = torch.zeros(3, size[1], size[0])
+            image_B3hw = torch.stack([blank if p is None else images.to_tensor(p, min(size)) for p in pixels])
+            scores = chosen.score(models, image_B3hw, stream.question)
+        for name, column in columns.items():
+            column += [None if p is None else float(s) for p, s in zip(pixels, scores[name], strict=True)]
+    return columns
+
+
+def in_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def out_of_memory(stream: StreamPlan, error: Exception) -> UserError | None:
+    """What to tell the user when the device's memory did not suffice; None for any other error."""
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
+        smaller = max(stream.batch // 2, 1)
+        return UserError(
+            f"recipe {stream.recipe!r}: out of memory at batch {stream.batch};"
+            f" set recipes.{stream.recipe}.batch={smaller} (which makes other images)"
+        )
+    return None

@@ -1,0 +1,145 @@
+"""The phases of a build as work for a runner: what can be started, and what a receipt leads to."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+from pipeline.plan import Plan, StreamPlan
+from pipeline.select import FAILED, PASSED, Stream
+from pipeline.tasks import (
+    InvertTask,
+    ProbeTask,
+    Receipt,
+    Suspects,
+    Task,
+    UnitReceipt,
+    UnitTask,
+)
+from pipeline.telemetry import Tally, Telemetry
+
+# A candidate that raises something else each time is no candidate's fault.
+MAX_SUSPICIONS = 4
+
+
+class ListWork:
+    """Independent tasks, each done once."""
+
+    def __init__(self, tasks: Iterable[Task], received: Callable[[Task, Receipt], None]):
+        self._tasks, self._received = deque(tasks), received
+
+    def next(self) -> Task | None:
+        return self._tasks.popleft() if self._tasks else None
+
+    def done(self, task: Task, receipt: Receipt) -> None:
+        self._received(task, receipt)
+
+    def killed(self, task: Task) -> None:
+        about = [r.origin for r in task.references] if isinstance(task, InvertTask) else task
+        raise RuntimeError(f"{type(task).__name__} ends every worker that runs it: {about}")
+
+
+class Units:
+    """Generate and score until each stream is final: exactly the units that selection will look at."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        streams: dict[str, Stream],
+        environments: dict[str, dict[int, str]],
+        telemetry: Telemetry,
+    ):
+        self.plan, self.streams, self.environments = plan, streams, environments
+        self.telemetry = telemetry
+        self.generated = self.generated_bytes = 0
+        self.busy_seconds = 0.0
+        self._asked: set[tuple[str, int]] = set()
+        self._waiting: dict[str, deque[int]] = {s: deque() for s in streams}
+        self._turn: deque[str] = deque(streams)
+        self._again: deque[Task] = deque()
+        self._suspicions: Counter[tuple[str, int]] = Counter()
+        self._probes: dict[tuple[str, int], dict[int, str | None]] = {}
+        for stream in streams:
+            self._refill(stream)
+
+    def remaining(self) -> int:
+        """Units that are needed as far as is known."""
+        return sum(len(stream.needed()) for stream in self.streams.values())
+
+    def next(self) -> Task | None:
+        if self._again:
+            return self._again.popleft()
+        for _ in range(len(self._turn)):
+            self._turn.rotate(-1)  # every target moves on, none waits for another to end
+            if waiting := self._waiting[self._turn[-1]]:
+                return UnitTask(self._turn[-1], waiting.popleft())
+        return None
+
+    def done(self, task: Task, receipt: Receipt) -> None:
+        if isinstance(task, ProbeTask):
+            self._probed(task, None)
+            return
+        assert isinstance(task, UnitTask)
+        if isinstance(receipt, Suspects):
+            self._suspicions[task.stream, task.unit] += 1
+            if self._suspicions[task.stream, task.unit] >= MAX_SUSPICIONS:
+                raise RuntimeError(
+                    f"unit {task.unit} of {self.plan.by_id[task.stream].name} raises another error each time:"
+                    f" {dict(receipt.raised)}"
+                )
+            self._again.append(UnitTask(task.stream, task.unit, dict(receipt.raised), task.killers))
+            return
+        assert isinstance(receipt, UnitReceipt)
+        self.streams[task.stream].outcomes[task.unit] = receipt.outcomes
+        self.environments[task.stream][task.unit] = receipt.environment
+        self.generated += receipt.generated
+        self.generated_bytes += receipt.bytes
+        self.busy_seconds += receipt.seconds
+        self._refill(task.stream)
+        self.telemetry.tallies(tallies(self.plan, self.streams))
+        self.telemetry.advance(1)
+
+    def killed(self, task: Task) -> None:
+        """A unit that ends workers is taken apart; a candidate that does so alone is a failed one."""
+        if isinstance(task, ProbeTask):
+            self._probed(task, "the worker process died while it ran this candidate alone")
+            return
+        assert isinstance(task, UnitTask)
+        size = self.plan.by_id[task.stream].unit
+        indices = range(task.unit * size, (task.unit + 1) * size)
+        self._probes[task.stream, task.unit] = dict.fromkeys(indices)
+        self._again.extend(ProbeTask(task.stream, task.unit, i) for i in indices)
+        self._probing = {(task.stream, task.unit): set(indices)}
+
+    def _probed(self, task: ProbeTask, death: str | None) -> None:
+        unit = (task.stream, task.unit)
+        self._probes[unit][task.index] = death
+        self._probing[unit].discard(task.index)
+        if not self._probing[unit]:
+            killers = {i: text for i, text in self._probes.pop(unit).items() if text is not None}
+            self._again.append(UnitTask(*unit, killers=killers))
+
+    def _refill(self, stream: str) -> None:
+        for unit in self.streams[stream].needed():
+            if (stream, unit) not in self._asked:
+                self._asked.add((stream, unit))
+                self._waiting[stream].append(unit)
+
+
+def tallies(plan: Plan, streams: dict[str, Stream]) -> dict[str, Tally]:
+    """Label → counts over all streams of the class, as far as is known."""
+    found: dict[str, Tally] = {}
+    for stream in plan.streams:
+        tally = found.setdefault(stream.label, Tally(0))
+        selection = streams[stream.id].select()
+        tally.quota += stream.quota
+        tally.accepted += len(selection.accepted)
+        tally.rejected += sum(selection.rejected.values())
+        tally.failed += selection.failed
+    return found
+
+
+def outcome_counts(stream: StreamPlan, state: Stream) -> Counter[str]:
+    """Passed, failed and each rule, over everything known of a stream."""
+    counts = Counter(outcome for outcomes in state.outcomes.values() for outcome in outcomes)
+    return Counter({PASSED: counts[PASSED], FAILED: counts[FAILED]} | counts)

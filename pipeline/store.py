@@ -1,0 +1,126 @@
+"""The output store: any fsspec URI, with one promise: an object is written whole, and once.
+
+`put_new` is put-if-absent. On local files the data goes to a temporary file on the same file system that is
+linked to its final name, so no crash leaves a torn object; elsewhere it is one conditional PUT, which
+s3fs and others send for `mode="create"`. A store that cannot do it is refused by `probe`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from schemas.errors import UserError
+
+_SCRATCH = ".tmp"
+
+
+class Store:
+    """Objects below one URI, by relative path with forward slashes."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        try:
+            self.fs, root = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"output {uri!r}: not a usable URI ({error})") from error
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def probe(self) -> None:
+        """Check that the store can be written and honours put-if-absent. Raises `UserError`."""
+        name = f"{_SCRATCH}/probe-{uuid.uuid4().hex}"
+        try:
+            honoured = self.put_new(name, b"1") and not self.put_new(name, b"2") and self.get(name) == b"1"
+            self.fs.rm(self.path(name))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"output {self.uri!r}: cannot be written ({reason}); choose one that you may write"
+            ) from error
+        if not honoured:
+            raise UserError(
+                f"output {self.uri!r}: the store has no conditional writes; use one that has them"
+            )
+
+    def get(self, name: str) -> bytes:
+        """The bytes of an object. Raises `FileNotFoundError`."""
+        return self.fs.cat_file(self.path(name))
+
+    def get_range(self, name: str, offset: int, length: int) -> bytes:
+        return self.fs.cat_file(self.path(name), start=offset, end=offset + length)
+
+    def exists(self, name: str) -> bool:
+        return self.fs.exists(self.path(name))
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write an object unless it exists. Returns whether this call wrote it."""
+        if self.local:
+            return self._link_new(Path(self.path(name)), data)
+        try:
+            self.fs.pipe_file(self.path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, replacing an older one. For hints and logs only, never for data."""
+        if not self.local:
+            self.fs.pipe_file(self.path(name), data)
+            return
+        scratch = self._scratch(data)
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(scratch, target)
+        _sync_folder(target.parent)
+
+    def list(self, folder: str) -> Iterator[str]:
+        """Names of the objects directly in a folder, without the folder; nothing when there is none."""
+        try:
+            # refresh: another process may have written since fsspec last looked
+            found = self.fs.ls(self.path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return
+        except TypeError:  # file systems without a listing cache do not take `refresh`
+            found = self.fs.ls(self.path(folder), detail=False)
+        yield from sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def _link_new(self, target: Path, data: bytes) -> bool:
+        if target.exists():
+            return False
+        scratch = self._scratch(data)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(scratch, target)
+        except FileExistsError:
+            return False
+        finally:
+            scratch.unlink()
+        _sync_folder(target.parent)
+        return True
+
+    def _scratch(self, data: bytes) -> Path:
+        folder = Path(self.root, _SCRATCH)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{os.getpid()}-{uuid.uuid4().hex}"
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

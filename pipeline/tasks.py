@@ -1,0 +1,132 @@
+"""The units of work that a runner carries to workers, and the receipts that come back.
+
+Five kinds: invert, prepare, unit (generate and score), probe (one suspect alone), pack. A task is small and
+can be run any number of times: its result is put if absent, and a receipt is read from what was committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from schemas.records import Reference
+
+
+@dataclass(frozen=True)
+class InvertTask:
+    stream: str  # any stream with these inversion settings and this prompt
+    references: tuple[Reference, ...]  # at most one device batch
+
+
+@dataclass(frozen=True)
+class PrepareTask:
+    stream: str  # any stream with this artifact
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """Generate a unit if its part is absent, then compute the scores that are absent.
+
+    `suspects` are the candidates that raised in earlier tries, with what they raised; one that raises the
+    same again is committed as failed. `killers` are known to end any process that runs them.
+    """
+
+    stream: str
+    unit: int
+    suspects: Mapping[int, str] = field(default_factory=dict, hash=False)
+    killers: Mapping[int, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """Run one candidate alone in an otherwise dummy batch and commit nothing: does its worker survive?"""
+
+    stream: str
+    unit: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """An accepted candidate on its way into a shard."""
+
+    stream: str
+    unit: int
+    place: int
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """Write these shards; each is its rows in order."""
+
+    first: int  # number of the first shard
+    shards: tuple[tuple[Row, ...], ...]
+
+
+Task = InvertTask | PrepareTask | UnitTask | ProbeTask | PackTask
+
+
+@dataclass(frozen=True)
+class Done:
+    """Receipt of a task of which nothing but its completion is of interest."""
+
+    items: int  # seeds, artifacts or shards
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UnitReceipt:
+    outcomes: tuple[str, ...]  # one a candidate, as `pipeline.select` knows them
+    environment: str  # of the part, canonical JSON
+    generated: bool  # whether this call committed the part
+    seconds: float  # device time of this call
+    bytes: int  # of the part, when generated
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Nothing was committed: these candidates raised, and must raise again elsewhere to be believed."""
+
+    raised: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class ShardReceipt:
+    name: str  # "000123"
+    rows: int
+    tar_bytes: int
+    tar_sha256: str
+    parquet_bytes: int
+    parquet_sha256: str
+
+
+Receipt = Done | UnitReceipt | Suspects | tuple[ShardReceipt, ...]
+
+
+class Work(Protocol):
+    """A phase of a build, as a runner sees it: tasks come out, receipts go in, in any order."""
+
+    def next(self) -> Task | None:
+        """A task that can be started now, or None. After None, receipts may make more."""
+        ...
+
+    def done(self, task: Task, receipt: Receipt) -> None: ...
+
+    def killed(self, task: Task) -> None:
+        """The task ended its worker twice while nothing else ran on it. Raises when that is the end."""
+        ...
+
+
+class Runner(Protocol):
+    """Carries out work. A context manager: leaving it ends the workers."""
+
+    workers: int
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def run(self, work: Work) -> None:
+        """Until the work has no more tasks and every receipt is in."""
+        ...

@@ -1,0 +1,166 @@
+"""What a person or a program sees while a build works: bars, plain lines, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
+
+
+@dataclass
+class Tally:
+    """Counts of one target so far."""
+
+    quota: int
+    accepted: int = 0
+    rejected: int = 0
+    failed: int = 0
+
+
+class Telemetry(Protocol):
+    def say(self, text: str, **facts: Any) -> None:
+        """Something worth a line."""
+        ...
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase begins: so many items to do."""
+        ...
+
+    def advance(self, items: int) -> None: ...
+
+    def tallies(self, tallies: dict[str, Tally]) -> None:
+        """The counts of every target, after something changed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def telemetry(mode: Literal["auto", "plain", "json"]) -> Telemetry:
+    """auto: bars on a terminal, plain lines elsewhere."""
+    if mode == "json":
+        return JsonLines()
+    return Bars() if mode == "auto" and sys.stderr.isatty() else PlainLines()
+
+
+class JsonLines:
+    """One JSON object a line on standard output."""
+
+    def _emit(self, event: str, **facts: Any) -> None:
+        print(json.dumps({"event": event, "time": round(time.time(), 3), **facts}), flush=True)
+
+    def say(self, text: str, **facts: Any) -> None:
+        self._emit("message", text=text, **facts)
+
+    def phase(self, name: str, total: int) -> None:
+        self._name, self._done, self._total = name, 0, total
+        self._emit("phase", phase=name, total=total)
+
+    def advance(self, items: int) -> None:
+        self._done += items
+        self._emit("progress", phase=self._name, done=self._done, total=self._total)
+
+    def tallies(self, tallies: dict[str, Tally]) -> None:
+        self._emit("targets", targets={name: vars(tally) for name, tally in tallies.items()})
+
+    def close(self) -> None:
+        pass
+
+
+class PlainLines:
+    """A line for each phase, and one for progress every ten seconds, on standard error."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, Tally] = {}
+        self._printed = 0.0
+
+    def say(self, text: str, **facts: Any) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def phase(self, name: str, total: int) -> None:
+        self._name, self._done, self._total = name, 0, total
+        self._started = self._printed = time.monotonic()
+        self.say(f"{name}: {total} to do")
+
+    def advance(self, items: int) -> None:
+        self._done += items
+        now = time.monotonic()
+        if now - self._printed >= PLAIN_SECONDS or self._done >= self._total:
+            self._printed = now
+            rate = self._done / max(now - self._started, 1e-9)
+            line = f"{self._name}: {self._done}/{self._total}, {rate:.2f}/s"
+            if self._tallies:
+                line += "; " + ", ".join(
+                    f"{name} {t.accepted}/{t.quota} accepted {t.rejected} rejected {t.failed} failed"
+                    for name, t in self._tallies.items()
+                )
+            self.say(line)
+
+    def tallies(self, tallies: dict[str, Tally]) -> None:
+        self._tallies = tallies
+
+    def close(self) -> None:
+        pass
+
+
+class Bars:
+    """One bar for the phase and one for each target (the 12 that lack most), on standard error."""
+
+    SHOWN = 12
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._phase: Any = None
+        self._targets: dict[str, Any] = {}
+        self._progress.start()
+
+    def say(self, text: str, **facts: Any) -> None:
+        self._progress.console.print(text, markup=False)
+
+    def phase(self, name: str, total: int) -> None:
+        if self._phase is not None:
+            self._progress.remove_task(self._phase)
+        self._phase = self._progress.add_task(f"[bold]{name}", total=total, note="")
+
+    def advance(self, items: int) -> None:
+        self._progress.advance(self._phase, items)
+        speed = self._progress.tasks[self._progress.task_ids.index(self._phase)].speed
+        self._progress.update(self._phase, note=f"{speed:.2f}/s" if speed else "")
+
+    def tallies(self, tallies: dict[str, Tally]) -> None:
+        from rich.markup import escape
+
+        lacking = sorted(tallies, key=lambda name: tallies[name].accepted / tallies[name].quota)[: self.SHOWN]
+        for name in set(self._targets) - set(lacking):
+            self._progress.remove_task(self._targets.pop(name))
+        for name in sorted(lacking):
+            tally = tallies[name]
+            if name not in self._targets:
+                self._targets[name] = self._progress.add_task(f"  {escape(name)}", total=tally.quota, note="")
+            note = f"accepted · {tally.rejected} rejected · {tally.failed} failed"
+            self._progress.update(self._targets[name], completed=min(tally.accepted, tally.quota), note=note)
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,283 @@
+"""A worker: the models, once, and how each kind of task is carried out and committed.
+
+One worker serves one device. Several threads may run tasks at once: the device lock lets one of them compute
+while the others encode and commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline import pack
+from pipeline.config import method_of
+from pipeline.dag import Candidate, Dag, Materials, in_batches, out_of_memory, score
+from pipeline.parts import account, described, environment, part_name, read_table, scores_name, to_parquet
+from pipeline.plan import FilterPlan, Plan, StreamPlan
+from pipeline.references import fetch
+from pipeline.store import Store
+from pipeline.tasks import (
+    Done,
+    InvertTask,
+    PackTask,
+    PrepareTask,
+    ProbeTask,
+    Receipt,
+    Suspects,
+    Task,
+    UnitReceipt,
+    UnitTask,
+)
+from schemas import tables
+from schemas.errors import UserError
+from schemas.ids import sha256
+from schemas.records import Reference
+from stages import images
+from stages.backbones.device import default_device
+from stages.backbones.latent_diffusion import load_backbone
+from stages.backbones.models import LoadedModels
+
+
+def seed_name(seeds: str, reference: Reference) -> str:
+    return f"seeds/{seeds}/{reference.sha256}.safetensors"
+
+
+def artifact_name(artifact: str) -> str:
+    return f"artifacts/{artifact}/artifact.safetensors"
+
+
+class Worker:
+    """Runs tasks of one plan against one store."""
+
+    def __init__(self, plan: Plan, uri: str):
+        self.plan, self.store = plan, Store(uri)
+        self.threads = plan.config.run.threads_per_worker
+        self.device = default_device()
+        self._lock = threading.Lock()
+        with self._computing():
+            self.backbone = load_backbone(plan.config.backbone, self.device)
+            self.models = LoadedModels(self.device)
+            for stream in plan.streams:
+                for f in stream.filters:
+                    f.method.check(self.models, stream.question)
+        self.dags = {
+            name: Dag(plan.config, recipe, self.backbone, self.models)
+            for name, recipe in plan.config.recipes.items()
+        }
+        self._materials = lru_cache(maxsize=64)(self._load_materials)
+
+    def run(self, task: Task) -> Receipt:
+        """Carry out a task. Raises `UserError` for what a person must mend; others may be tried again."""
+        match task:
+            case InvertTask():
+                return self._invert(self.plan.by_id[task.stream], task.references)
+            case PrepareTask():
+                return self._prepare(self.plan.by_id[task.stream])
+            case UnitTask():
+                return self._unit(self.plan.by_id[task.stream], task)
+            case ProbeTask():
+                stream = self.plan.by_id[task.stream]
+                self._candidates(stream, [task.index])
+                return Done(1)
+            case PackTask():
+                return pack.write_shards(self.store, self.plan, task)
+
+    def remake(self, stream_id: str, index: int) -> bytes:
+        """Make one candidate again, by running its device batch. Raises what the candidate raises."""
+        stream = self.plan.by_id[stream_id]
+        first = index - index % stream.batch
+        made = self._candidates(stream, list(range(first, first + stream.batch)))[index]
+        if isinstance(made, Exception):
+            raise made
+        return made.image
+
+    def environment(self) -> dict[str, str]:
+        return environment(self.device.type)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self._lock:
+            # thread-local in torch, and a task may run on any thread
+            torch.set_num_threads(self.threads)
+            yield
+
+    # --- invert and prepare ------------------------------------------------------------------------------
+
+    def _images(self, references: tuple[Reference, ...]) -> Tensor:
+        pixels = [
+            images.to_tensor(images.decode(fetch(self.store, r.sha256)), self.backbone.image_size)
+            for r in references
+        ]
+        return torch.stack(pixels)
+
+    def _invert(self, stream: StreamPlan, references: tuple[Reference, ...]) -> Receipt:
+        assert stream.seeds is not None
+        started = time.monotonic()
+        recipe = self.plan.config.recipes[stream.recipe]
+        image_N3hw = self._images(references)
+        padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
+        with self._computing():
+            inverted = method_of("invert", recipe.invert)(
+                self.backbone, torch.cat([image_N3hw, padding]).to(self.device), stream.prompt
+            )
+        z_BCHW = inverted.z_BCHW.float().cpu()
+        for row, reference in enumerate(references):
+            if not torch.isfinite(z_BCHW[row]).all():
+                raise UserError(
+                    f"reference {reference.origin!r}: its inversion is not finite; remove it, or change"
+                    f" recipes.{stream.recipe}.invert"
+                )
+            measures = json.dumps(inverted.measures[row], sort_keys=True)
+            data = save_tensors({"z_CHW": z_BCHW[row].contiguous()}, metadata={"measures": measures})
+            self.store.put_new(seed_name(stream.seeds, reference), data)
+        return Done(len(references), time.monotonic() - started)
+
+    def _prepare(self, stream: StreamPlan) -> Receipt:
+        assert stream.artifact is not None
+        started = time.monotonic()
+        image_N3hw = self._images(stream.references)
+        with self._computing():
+            refine = self.dags[stream.recipe].refine
+            assert refine is not None
+            made = refine.prepare(self.backbone, self.models, image_N3hw.to(self.device))
+        data = save_tensors({name: tensor.cpu().contiguous() for name, tensor in made.items()})
+        self.store.put_new(artifact_name(stream.artifact), data)
+        return Done(1, time.monotonic() - started)
+
+    # --- generate and score ------------------------------------------------------------------------------
+
+    def _unit(self, stream: StreamPlan, task: UnitTask) -> Receipt:
+        started, written = time.monotonic(), 0
+        name = part_name(stream, task.unit)
+        if not self.store.exists(name):
+            indices = range(task.unit * stream.unit, (task.unit + 1) * stream.unit)
+            made: dict[int, Candidate | Exception] = {}
+            for batch in in_batches(indices, stream.batch):
+                alive = [i for i in batch if i not in task.killers]
+                made |= self._candidates(stream, alive, list(batch))
+            raised = {i: describe(m) for i, m in made.items() if isinstance(m, Exception)}
+            if any(task.suspects.get(i) != text for i, text in raised.items()):
+                return Suspects(raised)
+            if len(raised) == stream.unit:
+                first = next(m for m in made.values() if isinstance(m, Exception))
+                raise RuntimeError(f"every candidate of {stream.name} failed: {describe(first)}") from first
+            data = self._part(stream, indices, made, {**raised, **task.killers})
+            if self.store.put_new(name, data):
+                written = len(data)
+        for f in stream.filters:
+            self._score(stream, task.unit, f)
+        committed = account(self.store, stream, task.unit)
+        assert committed is not None  # written above, by this call or by another
+        return UnitReceipt(
+            committed.outcomes, committed.environment, written > 0, time.monotonic() - started, written
+        )
+
+    def _candidates(
+        self, stream: StreamPlan, alive: list[int], batch: list[int] | None = None
+    ) -> dict[int, Candidate | Exception]:
+        """Make candidates of one device batch; when it raises, each alone, to learn whose fault it is."""
+        batch = batch or alive
+        dag, materials = self.dags[stream.recipe], self._materials(stream.id)
+
+        def run(wanted: set[int]) -> dict[int, Candidate | Exception]:
+            # a candidate keeps the slot that it has in the whole unit
+            slots: list[int | None] = [None] * stream.batch
+            for i in batch:
+                slots[i % stream.batch] = i if i in wanted else None
+            with self._computing():
+                return dict(dag.run(stream, materials, slots))
+
+        try:
+            return run(set(alive)) if alive else {}
+        except Exception as error:
+            if told := out_of_memory(stream, error):
+                raise told from error
+            if isinstance(error, UserError):
+                raise
+        made: dict[int, Candidate | Exception] = {}
+        for i in alive:
+            try:
+                made |= run({i})
+            except Exception as error:
+                made[i] = error
+        return made
+
+    def _part(
+        self,
+        stream: StreamPlan,
+        indices: range,
+        made: Mapping[int, Candidate | Exception],
+        failed: Mapping[int, str],
+    ) -> bytes:
+        dag = self.dags[stream.recipe]
+        rows = []
+        for index in indices:
+            candidate = made.get(index)
+            row: dict[str, Any] = dict.fromkeys(tables.PART.names)
+            row |= {"index": index, "key": stream.key(index), "prompt": stream.prompt}
+            row["artifact"] = stream.artifact
+            if isinstance(candidate, Candidate):
+                chosen, losses = candidate.combination, list(candidate.losses)
+                row |= {
+                    "status": "ok",
+                    "seed_sha256": candidate.seed_sha256,
+                    "seed_norm": candidate.seed_norm,
+                    "image_sha256": sha256(candidate.image),
+                    "width": candidate.width,
+                    "height": candidate.height,
+                    "image": candidate.image,
+                }
+            else:
+                chosen, losses = None, []
+                with contextlib.suppress(Exception):  # what failed may be the drawing itself
+                    chosen = dag.combination(stream, index)
+                row |= {"status": "failed", "error": failed[index]}
+            row["refine_losses"] = losses
+            row["parents"] = [stream.references[p].sha256 for p in chosen.parents] if chosen else []
+            row["weights"] = list(chosen.weights) if chosen else []
+            rows.append(row)
+        return to_parquet(
+            rows, tables.PART, {**described(stream), "environment": environment(self.device.type)}
+        )
+
+    def _score(self, stream: StreamPlan, unit: int, chosen: FilterPlan) -> None:
+        name = scores_name(stream, chosen, unit)
+        if self.store.exists(name):
+            return
+        part = read_table(self.store, part_name(stream, unit), ["index", "image"])
+        encoded = part.column("image").to_pylist()
+        with self._computing():
+            columns = score(stream, self.models, encoded, chosen.method)
+        rows = [
+            {"index": index, **{name: column[place] for name, column in columns.items()}}
+            for place, index in enumerate(part.column("index").to_pylist())
+        ]
+        schema = tables.scores(chosen.method.columns())
+        metadata = {"version": tables.VERSION, "filter": chosen.method.name}
+        self.store.put_new(name, to_parquet(rows, schema, metadata))
+
+    def _load_materials(self, stream_id: str) -> Materials:
+        stream = self.plan.by_id[stream_id]
+        seeds = artifact = None
+        if stream.seeds is not None:
+            found = [load_tensors(self.store.get(seed_name(stream.seeds, r))) for r in stream.references]
+            seeds = torch.stack([tensors["z_CHW"] for tensors in found])
+        if stream.artifact is not None:
+            tensors = load_tensors(self.store.get(artifact_name(stream.artifact)))
+            artifact = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return Materials(seeds, artifact or {})
+
+
+def describe(error: Exception) -> str:
+    """An exception as it is committed with a failed candidate: its type and first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"

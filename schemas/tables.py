@@ -1,0 +1,74 @@
+"""The Arrow schemas of everything that is written as Parquet. Changing one raises its version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+VERSION = 1
+
+# How a candidate came to be: the same columns in a part and beside a shard.
+_RECIPE = [
+    pa.field("prompt", pa.string(), nullable=False),
+    pa.field("parents", pa.list_(pa.string()), nullable=False),  # sha256 of the references whose seeds
+    pa.field("weights", pa.list_(pa.float64()), nullable=False),  # were combined, and their weights
+    pa.field("artifact", pa.string()),  # hash of the class artifact that refining used
+    pa.field("refine_losses", pa.list_(pa.float64()), nullable=False),
+    pa.field("seed_sha256", pa.string()),  # of the float32 bytes of z_T, C-order
+    pa.field("seed_norm", pa.float64()),  # |z_T| / √d
+]
+
+_IMAGE = [
+    pa.field("image_sha256", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+]
+
+PART = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),  # the candidate's number in its stream
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # "ok" or "failed"
+        pa.field("error", pa.string()),
+        *_RECIPE,
+        *_IMAGE,
+        pa.field("image", pa.binary()),  # encoded; null when failed
+    ]
+)
+
+
+def score_name(filter_name: str, column: str) -> str:
+    """The column of a score beside a shard: "clip_margin"; dots would nest in some readers."""
+    return f"{filter_name.replace(':', '_').replace('.', '_')}_{column}"
+
+
+def scores(columns: Sequence[str]) -> pa.Schema:
+    """Scores of a part by one filter: null for failed candidates."""
+    return pa.schema(
+        [
+            pa.field("index", pa.int64(), nullable=False),
+            *[pa.field(column, pa.float64()) for column in columns],
+        ]
+    )
+
+
+def samples(score_names: Sequence[str]) -> pa.Schema:
+    """One row for each sample of a shard: what it is, how it came to be, and where its bytes lie."""
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("class", pa.string(), nullable=False),
+            pa.field("class_index", pa.int32(), nullable=False),
+            pa.field("recipe", pa.string(), nullable=False),
+            pa.field("stream", pa.string(), nullable=False),  # fingerprint: the folder of its part
+            pa.field("unit", pa.int64(), nullable=False),
+            pa.field("index", pa.int64(), nullable=False),
+            *_RECIPE,
+            *[pa.field(name, pa.float64()) for name in sorted(score_names)],
+            *_IMAGE,
+            pa.field("member", pa.string(), nullable=False),  # name in the tar
+            pa.field("offset", pa.int64(), nullable=False),  # of the image's first byte in the tar
+            pa.field("length", pa.int64(), nullable=False),  # bytes
+        ]
+    )

@@ -1,0 +1,79 @@
+"""Classifier filter: the probability that a classifier gives to the target class.
+
+Shape letters: B images, K classes, h w image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from schemas.errors import UserError
+from schemas.records import Verdict
+from schemas.settings import Settings
+from stages import registry
+from stages.contract import Filter, Models, Question
+
+
+def class_index(target: str, classes: Sequence[str]) -> int | None:
+    """Where a class stands among the classifier's; names are compared without case, "_" and "-" as spaces."""
+    folded = [_fold(name) for name in classes]
+    return folded.index(_fold(target)) if _fold(target) in folded else None
+
+
+def _fold(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+@registry.method("classifier")
+class ClassifierFilter(Filter):
+    """Accepts an image that a classifier takes for its class."""
+
+    class Config(Settings):
+        method: Literal["classifier"] = "classifier"
+        model: str = "tangram"
+        """Classifier: tangram, or a folder with config.json and model.safetensors in timm's layout."""
+        probability: float = Field(0.5, ge=0, le=1)
+        """Least probability of the target class."""
+
+    def models(self) -> Mapping[str, str]:
+        return {"classifier": self.config.model}
+
+    def scored(self) -> Mapping[str, Any]:
+        return {"method": "classifier", "model": self.config.model}
+
+    def columns(self) -> tuple[str, ...]:
+        return ("probability",)
+
+    def check(self, models: Models, question: Question) -> None:
+        self._index(models.classifier(self.config.model).classes, question.target)
+
+    def score(
+        self, models: Models, image_B3hw: Float[Tensor, "B 3 h w"], question: Question
+    ) -> dict[str, list[float]]:
+        classifier = models.classifier(self.config.model)
+        index = self._index(classifier.classes, question.target)
+        with torch.no_grad():
+            probability_BK = classifier.logits(image_B3hw).double().softmax(dim=1)
+        return {"probability": probability_BK[:, index].tolist()}
+
+    def decide(self, scores: Mapping[str, float]) -> Verdict:
+        """A NaN score is no evidence for the image: it is rejected."""
+        score, threshold = scores["probability"], self.config.probability
+        passed = score >= threshold
+        reason = f"probability {score:.4g} {'≥' if passed else '<'} {threshold:g}"
+        return Verdict(passed, "classifier.probability", score, threshold, reason)
+
+    def _index(self, classes: Sequence[str], target: str) -> int:
+        index = class_index(target, classes)
+        if index is None:
+            raise UserError(
+                f"the classifier {self.config.model} does not know the class {target!r}; "
+                f"it knows {', '.join(classes)}"
+            )
+        return index

@@ -1,0 +1,42 @@
+"""Text-to-image: a seed, a prompt, the sampler, the decoder.
+
+Rombach et al., arXiv:2112.10752, drawn with DDIM (see `stages.sampling`). Deterministic: a seed and a prompt
+give one image.
+
+Shape letters: B batch, C H W latent, h w image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from schemas.settings import Settings
+from stages import registry
+from stages.contract import Backbone, Generate
+from stages.sampling import Sampler, denoise
+
+
+@registry.method("text_to_image")
+class TextToImage(Generate):
+    """Images of the prompt from seeds."""
+
+    class Config(Settings):
+        method: Literal["text_to_image"] = "text_to_image"
+        steps: int = Field(20, ge=1)
+        """DDIM steps; SeedSelect's and NAO's code draw with 20."""
+        guidance: float = Field(4.0, ge=0)
+        """Scale of classifier-free guidance. 1 is none, at half the work; Stable Diffusion is used at 7.5."""
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.config.steps, self.config.guidance)
+
+    def __call__(
+        self, backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], prompt: str
+    ) -> Float[Tensor, "B 3 h w"]:
+        with torch.no_grad():
+            return backbone.decode(denoise(backbone, z_BCHW, prompt, self.sampler())).clamp(-1, 1)

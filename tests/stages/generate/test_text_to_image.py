@@ -1,0 +1,45 @@
+"""Text-to-image against diffusers' own pipeline, and row by row."""
+
+import torch
+
+from stages.generate.text_to_image import TextToImage
+from stages.sampling import Sampler
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_images_are_those_of_the_diffusers_pipeline(load_tiny, tiny_pipeline):
+    seeds_BCHW = noise(2, 4, 8, 8)
+    theirs = tiny_pipeline(
+        ["a cat"] * 2, latents=seeds_BCHW, num_inference_steps=6, guidance_scale=3.0, output_type="pt"
+    ).images
+    ours = TextToImage(TextToImage.Config(steps=6, guidance=3.0))(load_tiny(), seeds_BCHW, "a cat")
+    torch.testing.assert_close((ours + 1) / 2, theirs, rtol=0, atol=1e-5)
+    assert theirs.std() > 0.01
+
+
+def test_images_are_clamped_and_carry_no_graph(gaussian_backbone):
+    backbone = gaussian_backbone(mean=3.0)
+    image_B3hw = TextToImage(TextToImage.Config())(
+        backbone, noise(2, 4, 4, 4).double().requires_grad_(), "star"
+    )
+    assert image_B3hw.max() == 1
+    assert not image_B3hw.requires_grad
+
+
+def test_the_sampler_is_what_the_settings_say():
+    assert TextToImage(TextToImage.Config(steps=7, guidance=2.5)).sampler() == Sampler(7, 2.5)
+
+
+def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone):
+    row_CHW, others = noise(*backbone.latent_shape), noise(3, *backbone.latent_shape, seed=1)
+    poisoned = others.clone()
+    poisoned[1] = torch.nan
+    method = TextToImage(TextToImage.Config(steps=4))
+    first = method(backbone, torch.stack([row_CHW, *others]), "a red star")[0]
+    last = method(backbone, torch.stack([*others.flip(0) * 0.5, row_CHW]), "a red star")[3]
+    among_nan = method(backbone, torch.stack([poisoned[0], row_CHW, *poisoned[1:]]), "a red star")[1]
+    assert torch.equal(first, last)
+    assert torch.equal(first, among_nan)
