@@ -58,7 +58,8 @@ class Units:
         self._turn: deque[str] = deque(streams)
         self._again: deque[Task] = deque()
         self._suspicions: Counter[tuple[str, int]] = Counter()
-        self._probes: dict[tuple[str, int], dict[int, str | None]] = {}
+        self._probes: dict[tuple[str, int], dict[int, str | None]] = {}  # candidate → how it ended
+        self._probing: dict[tuple[str, int], set[int]] = {}  # candidates that are still to end
         for stream in streams:
             self._refill(stream)
 
@@ -109,7 +110,7 @@ class Units:
         indices = range(task.unit * size, (task.unit + 1) * size)
         self._probes[task.stream, task.unit] = dict.fromkeys(indices)
         self._again.extend(ProbeTask(task.stream, task.unit, i) for i in indices)
-        self._probing = {(task.stream, task.unit): set(indices)}
+        self._probing[task.stream, task.unit] = set(indices)
 
     def _probed(self, task: ProbeTask, death: str | None) -> None:
         unit = (task.stream, task.unit)

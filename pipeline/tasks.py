@@ -71,8 +71,7 @@ Task = InvertTask | PrepareTask | UnitTask | ProbeTask | PackTask
 class Done:
     """Receipt of a task of which nothing but its completion is of interest."""
 
-    items: int  # seeds, artifacts or shards
-    seconds: float = 0.0
+    items: int  # seeds or artifacts
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Worker:
         self.threads = plan.config.run.threads_per_worker
         self.device = default_device()
         self._lock = threading.Lock()
+        self._clock = threading.local()  # device seconds of the task that runs on a thread
         with self._computing():
             self.backbone = load_backbone(plan.config.backbone, self.device)
             self.models = LoadedModels(self.device)
@@ -78,6 +79,7 @@ class Worker:
 
     def run(self, task: Task) -> Receipt:
         """Carry out a task. Raises `UserError` for what a person must mend; others may be tried again."""
+        self._clock.seconds = 0.0
         match task:
             case InvertTask():
                 return self._invert(self.plan.by_id[task.stream], task.references)
@@ -109,7 +111,9 @@ class Worker:
         with self._lock:
             # thread-local in torch, and a task may run on any thread
             torch.set_num_threads(self.threads)
+            started = time.monotonic()
             yield
+            self._clock.seconds = getattr(self._clock, "seconds", 0.0) + time.monotonic() - started
 
     # --- invert and prepare ------------------------------------------------------------------------------
 
@@ -122,7 +126,6 @@ class Worker:
 
     def _invert(self, stream: StreamPlan, references: tuple[Reference, ...]) -> Receipt:
         assert stream.seeds is not None
-        started = time.monotonic()
         recipe = self.plan.config.recipes[stream.recipe]
         image_N3hw = self._images(references)
         padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
@@ -140,11 +143,10 @@ class Worker:
             measures = json.dumps(inverted.measures[row], sort_keys=True)
             data = save_tensors({"z_CHW": z_BCHW[row].contiguous()}, metadata={"measures": measures})
             self.store.put_new(seed_name(stream.seeds, reference), data)
-        return Done(len(references), time.monotonic() - started)
+        return Done(len(references))
 
     def _prepare(self, stream: StreamPlan) -> Receipt:
         assert stream.artifact is not None
-        started = time.monotonic()
         image_N3hw = self._images(stream.references)
         with self._computing():
             refine = self.dags[stream.recipe].refine
@@ -152,12 +154,12 @@ class Worker:
             made = refine.prepare(self.backbone, self.models, image_N3hw.to(self.device))
         data = save_tensors({name: tensor.cpu().contiguous() for name, tensor in made.items()})
         self.store.put_new(artifact_name(stream.artifact), data)
-        return Done(1, time.monotonic() - started)
+        return Done(1)
 
     # --- generate and score ------------------------------------------------------------------------------
 
     def _unit(self, stream: StreamPlan, task: UnitTask) -> Receipt:
-        started, written = time.monotonic(), 0
+        written = 0
         name = part_name(stream, task.unit)
         if not self.store.exists(name):
             indices = range(task.unit * stream.unit, (task.unit + 1) * stream.unit)
@@ -179,7 +181,7 @@ class Worker:
         committed = account(self.store, stream, task.unit)
         assert committed is not None  # written above, by this call or by another
         return UnitReceipt(
-            committed.outcomes, committed.environment, written > 0, time.monotonic() - started, written
+            committed.outcomes, committed.environment, written > 0, self._clock.seconds, written
         )
 
     def _candidates(

@@ -41,14 +41,14 @@ PLANS: dict[str, Plan] = {
         split="classifier",
         architecture="resnet10t",
         args={"channels": [48, 96, 160, 224], "num_classes": len(CLASSES)},
-        schedule=Schedule(steps=3000, learning_rate=2e-3, average=0.995),
+        schedule=Schedule(steps=2400, learning_rate=2e-3, average=0.995),
         rng_seed=11,
     ),
     "judge": Plan(
         split="judge",
-        architecture="regnetx_002",
-        args={"output_stride": 16, "num_classes": len(CLASSES)},
-        schedule=Schedule(steps=4000, learning_rate=2e-3, average=0.995),
+        architecture="dla46_c",
+        args={"num_classes": len(CLASSES)},
+        schedule=Schedule(steps=2800, learning_rate=2e-3, average=0.995),
         rng_seed=22,
     ),
 }

@@ -22,7 +22,7 @@ from jobs.tangram.drawings import CLASSES, caption
 from jobs.tangram.training import Schedule, fit
 from jobs.tangram.words import LENGTH, new_tokenizer
 
-SCHEDULE = Schedule(steps=4000, learning_rate=1.5e-3, average=0.995)
+SCHEDULE = Schedule(steps=2600, learning_rate=1.5e-3, average=0.995)
 BATCH = 64
 PER_CLASS = 1200  # drawings
 RNG_SEED = 33

@@ -20,12 +20,26 @@ def members(
 ) -> dict[str, bytes]:
     """{name: content}: the image byte for byte, class index, caption, and the recipe as canonical JSON.
 
-    Readers guess column types from the first samples of a shard, so every sample of a dataset must have the
-    same recipe keys, and under one key values of one type, never null (test_consumers shows what happens).
+    `datasets` guesses the columns of a dataset from its first five samples, then fails on a later number
+    where it saw null or an empty list, drops a later key, and cuts 1.5 to 1 where it saw 1. So every sample
+    of a dataset must have the same recipe keys and, under one key, values of one type. Raises `ValueError`
+    for null and for what is empty.
     """
+    _demand_values(recipe, "recipe")
     return {
         f"{key}.{EXTENSIONS[format]}": image,
         f"{key}.cls": str(cls).encode(),
         f"{key}.txt": text.encode(),
         f"{key}.json": canonical(recipe),
     }
+
+
+def _demand_values(value: Any, name: str) -> None:
+    if value is None or value == [] or value == () or value == {}:
+        raise ValueError(f"{name} is {value!r}: a reader cannot tell its type")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _demand_values(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _demand_values(item, name)
