@@ -8,6 +8,9 @@ is harmless because every commit is put-if-absent.
 from __future__ import annotations
 
 import contextlib
+import logging
+import signal
+import threading
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +62,10 @@ class RayRunner:
     def __enter__(self) -> RayRunner:
         self._own = not ray.is_initialized()
         if self._own:
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+            on_term = signal.getsignal(signal.SIGTERM)
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray's own would end this process on the spot
         resources = ray.cluster_resources()
         gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
         threads, share = self.settings.threads_per_worker, self.settings.gpus_per_worker

@@ -129,6 +129,7 @@ class Worker:
         recipe = self.plan.config.recipes[stream.recipe]
         image_N3hw = self._images(references)
         padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
+        assert recipe.invert is not None
         with self._computing():
             inverted = method_of("invert", recipe.invert)(
                 self.backbone, torch.cat([image_N3hw, padding]).to(self.device), stream.prompt

@@ -1,108 +1,161 @@
-"""Files that tests of several layers share: bad references of every kind, and real photographs."""
+"""Small real models for the tests: a Stable Diffusion of a few thousand weights, and one solved exactly."""
 
 from __future__ import annotations
 
-import io
-import pickle
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+import torch
 
+from tests.reference_files import bad_files, photographs, png  # noqa: F401  fixtures
 
-def _image(file_format: str, mode: str = "RGB", size: tuple[int, int] = (48, 40), **options) -> bytes:
-    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, file_format, **options)
-    return file.getvalue()
-
-
-def _png(width: int, height: int, depth: int, color: int, raw: bytes, transparent: bytes = b"") -> bytes:
-    """A PNG of kinds that Pillow reads but does not write. `raw` is zlib data of filtered rows."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
-    key = chunk(b"tRNS", transparent) if transparent else b""
-    return b"\x89PNG\r\n\x1a\n" + header + key + chunk(b"IDAT", raw) + chunk(b"IEND", b"")
-
-
-def _bomb(side: int) -> bytes:
-    """A valid PNG of side x side black pixels, a few KiB long: one bit a pixel, rows of zeros."""
-    squeeze = zlib.compressobj(9)
-    row = bytes(1 + (side + 7) // 8)
-    raw = b"".join(squeeze.compress(row * 100) for _ in range(side // 100)) + squeeze.flush()
-    return _png(side, side, 1, 0, raw)
-
-
-def _zip() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("image.jpg", _image("JPEG"))
-    return file.getvalue()
-
-
-def _flipped(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
-
-
-class _Opened:
-    """Unpickling this would raise, and so show that somebody unpickles references."""
-
-    def __reduce__(self):
-        return (eval, ("1/0",))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def png() -> Callable[..., bytes]:
-    return _png
+def tiny_pipeline():
+    """An untrained diffusers pipeline: 16×16 images, 4×8×8 latents, 12 tokens a prompt."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = sorted(ByteLevel.alphabet())
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={p: n for n, p in enumerate(pieces)}, merges=[], model_max_length=12)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(pieces), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=12,
+            bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1, pad_token_id=len(pieces) - 1,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=2,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, scaling_factor=0.9,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture(scope="session")
-def bad_files() -> dict[str, tuple[bytes, str]]:
-    """{file name: (content, what the reason must contain)}; names lie about the content, as they do."""
-    floats = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8), np.float32)).save(floats, "TIFF")
-    png, jpeg = _image("PNG"), _image("JPEG")
-    return {
-        "zero.jpg": (b"", "empty file"),
-        "notes.txt": (b"Take the blue ones.\n", "text"),
-        "note.png": ("Größe: ×2\n".encode(), "not an image"),
-        "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "truncated.png": (png[: len(png) // 2], "truncated"),
-        "truncated.gif": ((gif := _image("GIF"))[: len(gif) // 2], "truncated"),
-        "truncated.webp": ((webp := _image("WEBP"))[: len(webp) // 2], "image"),
-        "truncated.tif": ((tif := _image("TIFF"))[: len(tif) // 2], "image"),
-        "header_only.jpg": (jpeg[:20], "image"),
-        "bomb.png": (_bomb(9_000), "9000 x 9000 pixels, more than"),
-        "bigger_bomb.png": (_bomb(30_000), "pixels"),
-        "page.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "HTML"),
-        "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "SVG"),
-        "model.pkl": (pickle.dumps({"weights": [1.0, 2.0]}), "not an image"),
-        "evil.jpg": (pickle.dumps(_Opened()), "not an image"),
-        "archive.png": (_zip(), "not an image"),
-        "noise.jpg": (np.random.default_rng(2).bytes(4096), "not an image"),
-        "corrupt_header.png": (_flipped(png, 18), "image"),
-        "corrupt_data.png": (_flipped(png, 60), "damaged"),
-        "script.eps": (_image("EPS"), "not an image"),
-        "document.pdf": (_image("PDF"), "not an image"),
-        "photo.heic": (struct.pack(">I", 24) + b"ftypheic" + bytes(64), "HEIC"),
-        "floats.tif": (floats.getvalue(), "floating-point"),
-    }
+def tiny_folder(tiny_pipeline, tmp_path_factory):
+    """The pipeline saved with given scheduler settings: `tiny_folder(prediction_type="v_prediction")`."""
+    plain = tmp_path_factory.mktemp("tiny") / "plain"
+    tiny_pipeline.save_pretrained(plain)
+    made: dict[tuple, Path] = {}
+
+    def folder(**scheduler) -> Path:
+        key = tuple(sorted(scheduler.items()))
+        if key not in made:
+            made[key] = shutil.copytree(plain, plain.with_name(f"variation{len(made)}"))
+            type(tiny_pipeline.scheduler).from_config(
+                tiny_pipeline.scheduler.config, **scheduler
+            ).save_pretrained(made[key] / "scheduler")
+        return made[key]
+
+    return folder
 
 
 @pytest.fixture(scope="session")
-def photographs() -> dict[str, Path]:
-    """{name: path} of the sample photographs that come with scikit-learn and scikit-image."""
-    import skimage.data
-    import sklearn.datasets
+def load_tiny(tiny_folder):
+    """The same, loaded by our loader."""
+    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
 
-    folders = [Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"]
-    found = [path for folder in folders for path in folder.iterdir()]
-    return {p.name: p for p in sorted(found) if p.suffix in {".jpg", ".png", ".tif", ".gif"}}
+    made: dict[tuple, object] = {}
+
+    def load(**scheduler):
+        key = tuple(sorted(scheduler.items()))
+        if key not in made:
+            settings = BackboneSettings(model=str(tiny_folder(**scheduler)))
+            made[key] = load_backbone(settings, torch.device("cpu"))
+        return made[key]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tangram():
+    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
+
+    return load_backbone(BackboneSettings(), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session", params=["tiny", "tangram"])
+def backbone(request):
+    """Each of the two backbones that a test of behaviour should hold for."""
+    return (
+        request.getfixturevalue("load_tiny")()
+        if request.param == "tiny"
+        else request.getfixturevalue("tangram")
+    )
+
+
+@pytest.fixture(scope="session")
+def models():
+    from stages.backbones.models import LoadedModels
+
+    return LoadedModels(torch.device("cpu"))
+
+
+class GaussianBackbone:
+    """The exact denoiser of data x_0 ~ N(mean, deviation²·I); its probability flow has a closed solution.
+
+    The embedding of a prompt is its length, which shifts the mean, so that guidance has something to do.
+    """
+
+    fingerprint = "gaussian"
+    latent_shape = (4, 4, 4)
+    image_size = 4
+    device, dtype = torch.device("cpu"), torch.float64
+
+    def __init__(self, prediction_type="epsilon", spacing="trailing", mean=0.7, deviation=0.4):
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self.final_alpha_cumprod = float(self.alphas_cumprod[0])
+        self.prediction_type, self.timestep_spacing, self.steps_offset = prediction_type, spacing, 1
+        self.mean, self.deviation = mean, deviation
+        self.batches: list[int] = []
+
+    def embed(self, prompts):
+        return torch.tensor([[[float(len(prompt))]] for prompt in prompts], dtype=torch.float64)
+
+    def predict(self, z_BCHW, t, text_BLD):
+        self.batches.append(len(z_BCHW))
+        a = float(self.alphas_cumprod[t])
+        mean_B111 = self.mean + 0.01 * text_BLD[:, :, :, None]
+        variance = a * self.deviation**2 + 1 - a
+        epsilon = (1 - a) ** 0.5 * (z_BCHW - a**0.5 * mean_B111) / variance
+        if self.prediction_type == "epsilon":
+            return epsilon
+        return (epsilon - (1 - a) ** 0.5 * z_BCHW) / a**0.5  # v = (ε − √(1−ᾱ)·z) / √ᾱ
+
+    def transport(self, z_BCHW, start, end, prompt=""):
+        """Along the probability flow from ᾱ = start to ᾱ = end: quantiles stay quantiles."""
+        mean = self.mean + 0.01 * len(prompt)
+        width = [(a * self.deviation**2 + 1 - a) ** 0.5 for a in (start, end)]
+        return end**0.5 * mean + (z_BCHW - start**0.5 * mean) * width[1] / width[0]
+
+    def encode(self, image_B3hw):
+        return torch.cat([image_B3hw, image_B3hw[:, :1]], dim=1).double()
+
+    def decode(self, z_BCHW):
+        return z_BCHW[:, :3]
+
+
+@pytest.fixture(scope="session")
+def gaussian_backbone():
+    return GaussianBackbone

@@ -103,7 +103,9 @@ def test_damaged_bytes_never_raise_anything_else(file_format, draw):
 # --- decode: what is admitted --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize(
+    "file_format", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "AVIF", "JPEG2000"]
+)
 def test_rgb_in_every_format(file_format):
     picture = corners_hw3()
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(file_format, {})
@@ -207,7 +209,9 @@ def test_exif_orientation(orientation, file_format):
     assert close(decoded[2:-2:3, 2:-2:3], upright[2:-2:3, 2:-2:3], within=12)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0"]
+)
 def test_an_exif_block_that_says_nothing_leaves_the_picture(exif):
     upright = corners_hw3()
     data = saved(Image.fromarray(upright), "JPEG", quality=95, exif=exif)

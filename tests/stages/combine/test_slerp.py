@@ -20,7 +20,9 @@ def pair(seed, scale=1.0):
 
 
 def angle(a, b):
-    return float(2 * torch.arctan2((a / a.norm() - b / b.norm()).norm(), (a / a.norm() + b / b.norm()).norm()))
+    return float(
+        2 * torch.arctan2((a / a.norm() - b / b.norm()).norm(), (a / a.norm() + b / b.norm()).norm())
+    )
 
 
 @given(seed=rng_seeds, t=fractions)

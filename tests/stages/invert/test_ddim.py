@@ -46,18 +46,19 @@ def test_sampling_the_seeds_gives_the_image_back_the_better_the_more_steps(gauss
 
 
 def test_the_same_on_a_network(load_tiny):
-    backbone, image_B3hw = load_tiny(), noise(2, 3, 16, 16).clamp(-1, 1)
-    measured = [
-        DdimInversion(DdimInversion.Config(steps=steps))(backbone, image_B3hw, "a cat")
-        for steps in (5, 20, 80)
-    ]
-    with torch.no_grad():
-        latents_BCHW = backbone.encode(image_B3hw)
-        errors = [
-            (denoise(backbone, inverted.z_BCHW, "a cat", Sampler(steps, 1.0)) - latents_BCHW).norm().item()
-            for inverted, steps in zip(measured, (5, 20, 80), strict=True)
-        ]
-    assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
+    """An untrained ε-network is too rough a field for so few steps; as a v-network it is smooth enough."""
+    backbone = load_tiny(prediction_type="v_prediction")
+
+    def error(steps):
+        with torch.no_grad():
+            latents_BCHW = backbone.encode(noise(2, 3, 16, 16).clamp(-1, 1))
+            seeds_BCHW = invert_ddim(backbone, latents_BCHW, "a cat", Sampler(steps, 1.0))
+            again_BCHW = denoise(backbone, seeds_BCHW, "a cat", Sampler(steps, 1.0))
+        return ((again_BCHW - latents_BCHW).norm() / latents_BCHW.norm()).item()
+
+    errors = [error(steps) for steps in (10, 40, 160)]
+    assert errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2], errors
+    assert errors[2] < 0.05
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -1,0 +1,13 @@
+"""No refinement is the identity."""
+
+import torch
+
+from stages.refine.none import NoRefinement
+from stages.sampling import Sampler
+
+
+def test_seeds_stay_as_they_are(gaussian_backbone):
+    z_BCHW = torch.randn(2, 4, 4, 4)
+    refined = NoRefinement(NoRefinement.Config())(gaussian_backbone(), None, z_BCHW, "", Sampler(1, 1.0), {})
+    assert torch.equal(refined.z_BCHW, z_BCHW)
+    assert refined.losses == [[], []]
