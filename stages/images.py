@@ -23,8 +23,8 @@ PILLOW_LIMIT = 2 * 89_478_485  # pixels; Pillow itself refuses more, whatever we
 # Raster formats only ("JPEG" reads the MPO of phones too). Pillow would also hand EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
-# Pillow warns above half its limit. Here the size is checked against our own bound instead, on every image.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large and of odd files. Here the first are checked and the others have a reason of ours.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # EXIF orientation -> what makes the stored pixels upright (EXIF 2.32, tag 0x0112).
 UPRIGHT = {
@@ -84,7 +84,7 @@ def _looks_like(data: bytes) -> str:
         return "HEIC or video"
     if head.isascii() and b"\0" not in head:
         return "text"
-    return f"formats: {', '.join(FORMATS)}"
+    return f"or of an unknown kind; known: {', '.join(FORMATS)}"
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -120,8 +120,8 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 def to_tensor(image: Image.Image, size: int) -> Float[Tensor, "3 h w"]:
     """The largest centred square of an RGB image, resized to `size`, in [-1, 1].
 
-    Antialiased bicubic, in one step from the square: no intermediate image that a 1 x 10000 strip could blow
-    up. Pillow computes it in fixed point, so the values are the same on every CPU.
+    Antialiased bicubic. The same as resizing the shorter side and then cropping, but in one step, so a
+    1 x 10000 strip is not blown up on the way. Pillow computes it in fixed point: equal on every CPU.
     """
     import torch
 

@@ -38,9 +38,9 @@ class Painter(nn.Module):
             in_channels=4,
             out_channels=4,
             layers_per_block=1,
-            block_out_channels=(64, 128),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(32, 64, 128),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=TEXT_WIDTH,
             attention_head_dim=4,  # diffusers reads this as the number of heads
             norm_num_groups=16,

@@ -65,7 +65,11 @@ def fit(
     `loss_at(step, generator)` returns a scalar. `stop_at` ends before the schedule does, as a kill would.
     """
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+        model.parameters(),
+        lr=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
     )
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     step, seconds = 0, 0.0

@@ -6,7 +6,7 @@ The answer depends on the set of files alone: neither on the order of their list
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -28,23 +28,6 @@ class Admission:
 
     admitted: tuple[Reference, ...]  # by label, and within a label by hash
     quarantined: tuple[Quarantined, ...]  # by origin
-    sources: tuple[tuple[Reference, Callable[[], bytes]], ...]  # the admitted ones in the order of the source
-
-    def contents(self, labels: Container[str] | None = None) -> Iterator[tuple[Reference, bytes]]:
-        """The admitted references of some labels (by default of all) with their bytes, which are read again.
-
-        One at a time, in the order of the source, which is the fastest to read. Raises `UserError` when a
-        file is no longer what was admitted; an I/O error passes.
-        """
-        for reference, read in self.sources:
-            if labels is None or reference.label in labels:
-                data = read()
-                if sha256(data) != reference.sha256:
-                    raise UserError(
-                        f"references: {reference.origin!r} changed while it was being read; "
-                        "run the same command again once nothing writes to the source"
-                    )
-                yield reference, data
 
 
 def admit(items: Iterable[Item], settings: ReadSettings) -> Admission:
@@ -54,44 +37,38 @@ def admit(items: Iterable[Item], settings: ReadSettings) -> Admission:
     Raises `UserError` when `settings.names` speaks of a label that no item has, or when two labels would
     have one readable name.
     """
-    found: dict[str, list[tuple[Reference, Callable[[], bytes]]]] = defaultdict(list)
+    found: dict[str, list[Reference]] = defaultdict(list)
     quarantined: list[Quarantined] = []
-    places: dict[tuple[str, str], int] = {}
-    for place, (item, result) in enumerate(_examine_all(items, settings)):
-        places[item.label, item.origin] = place
+    labels: set[str] = set()
+    for result in _examine_all(items, settings):
+        labels.add(result.label)
         if isinstance(result, Reference):
-            found[item.label].append((result, item.read))
+            found[result.label].append(result)
         else:
             quarantined.append(result)
-    _check_names(settings, {label for label, _ in places} - {""})
+    _check_names(settings, labels - {""})
 
-    sources: list[tuple[Reference, Callable[[], bytes]]] = []
-    for candidates in found.values():
-        candidates.sort(key=lambda source: (source[0].sha256, source[0].origin))
+    admitted: list[Reference] = []
+    for label in sorted(found):
         first: dict[str, str] = {}  # hash -> least origin
-        for reference, read in candidates:
+        for reference in sorted(found[label], key=lambda reference: (reference.sha256, reference.origin)):
             if reference.sha256 in first:
                 quarantined.append(_quarantine(reference, f"duplicate of {first[reference.sha256]}"))
                 continue
             if settings.per_class is None or len(first) < settings.per_class:
-                sources.append((reference, read))
+                admitted.append(reference)
             else:
                 quarantined.append(_quarantine(reference, f"beyond per_class={settings.per_class}"))
             first[reference.sha256] = reference.origin
-    return Admission(
-        admitted=tuple(sorted((r for r, _ in sources), key=lambda r: (r.label, r.sha256))),
-        quarantined=tuple(sorted(quarantined, key=lambda q: (q.origin, q.label))),
-        sources=tuple(sorted(sources, key=lambda source: places[source[0].label, source[0].origin])),
-    )
+    quarantined.sort(key=lambda q: (q.origin, q.label))
+    return Admission(tuple(admitted), tuple(quarantined))
 
 
-def _examine_all(
-    items: Iterable[Item], settings: ReadSettings
-) -> Iterator[tuple[Item, Reference | Quarantined]]:
+def _examine_all(items: Iterable[Item], settings: ReadSettings) -> Iterator[Reference | Quarantined]:
     remaining = iter(items)
     with ThreadPoolExecutor(THREADS) as pool:
         while chunk := list(islice(remaining, CHUNK)):
-            yield from zip(chunk, pool.map(lambda item: _examine(item, settings), chunk), strict=True)
+            yield from pool.map(lambda item: _examine(item, settings), chunk)
 
 
 def _examine(item: Item, settings: ReadSettings) -> Reference | Quarantined:

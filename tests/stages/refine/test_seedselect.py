@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from schemas.errors import UserError
+from stages.backbones.latent_diffusion import COMPONENTS, LatentDiffusion
 from stages.refine.seedselect import OMEGA, SeedSelect, seed_loss
 from stages.sampling import Sampler, denoise
 
@@ -43,18 +44,12 @@ class OneClip:
 
 
 @pytest.fixture(scope="module")
-def double_backbone(tiny_folder):
+def double_backbone(tiny_pipeline, tiny_folder):
     """The tiny network, v-predicting, in float64, so that finite differences mean something."""
-    import copy
-
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
-
-    settings = BackboneSettings(model=str(tiny_folder(prediction_type="v_prediction")))
-    backbone = copy.copy(load_backbone(settings, torch.device("cpu")))
-    for part in (backbone._unet, backbone._vae, backbone._text_encoder):
-        part.double()
-    backbone.dtype = torch.float64
-    return backbone
+    folder = tiny_folder(prediction_type="v_prediction")
+    double = type(tiny_pipeline).from_pretrained(folder, torch_dtype=torch.float64, safety_checker=None)
+    parts = {name: getattr(double, name) for name in COMPONENTS}
+    return LatentDiffusion(**parts, fingerprint="double", device=torch.device("cpu"), what="double")
 
 
 @pytest.fixture
@@ -224,5 +219,5 @@ def test_the_artifact_is_the_mean_of_unnormalised_features_and_of_latents(load_t
 
 
 def test_too_short_a_sampler_is_the_users_mistake(load_tiny, artifact):
-    with pytest.raises(UserError, match="set generate.steps to at least 3"):
+    with pytest.raises(UserError, match=r"set generate\.steps to at least 3"):
         refine(load_tiny(), LinearClip(16), noise(1, 4, 8, 8), artifact, sampler=Sampler(2, 1.0))
