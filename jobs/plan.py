@@ -27,15 +27,17 @@ def describe(config: Any) -> dict[str, Any]:
     store, made = resolve(config)
     state = survey(store, made)
     manifest = existing(store, made)
-    part_bytes, parts_seen = 0, 0
-    streams = []
+    part_bytes = candidates_seen = least = most = 0
+    streams: list[dict[str, Any]] = []
     for stream in made.streams:
         known = state.streams[stream.id]
         there = state.generated[stream.id]
         for unit in sorted(there)[:4]:
             part_bytes += store.fs.size(store.path(f"parts/{stream.id}/{unit:06d}.parquet"))
-            parts_seen += stream.unit
-        selection = known.select()
+            candidates_seen += stream.unit
+        selection, needed = known.select(), len(known.needed())
+        least += needed * stream.unit
+        most += stream.max_units * stream.unit
         streams.append(
             {
                 "target": stream.label,
@@ -47,26 +49,22 @@ def describe(config: Any) -> dict[str, Any]:
                 "units_there": len(there),
                 "units_scored": len(known.outcomes),
                 "accepted_there": len(selection.accepted),
-                "units_needed": len(known.needed()),
+                "units_needed": needed,
                 # a unit that overshoots its quota by more than half of itself wastes more than it keeps
                 "mostly_surplus": stream.quota * 2 < stream.unit,
             }
         )
-    bytes_each = part_bytes / parts_seen if parts_seen else _estimate(made)
+    bytes_each = part_bytes / candidates_seen if candidates_seen else _estimate(made)
     return {
         "build": made.build_id,
         "complete": manifest is not None,
         "references": made.lock.account(),
         "streams": streams,
         "seeds_to_invert": _seeds_missing(store, made),
-        "bytes_at_least": round(sum(s["units_needed"] for s in streams) * _unit(made) * bytes_each),
-        "bytes_at_most": round(sum(s["candidates_at_most"] for s in streams) * bytes_each),
-        "bytes_measured": parts_seen > 0,
+        "bytes_at_least": round(least * bytes_each),
+        "bytes_at_most": round(most * bytes_each),
+        "bytes_measured": candidates_seen > 0,
     }
-
-
-def _unit(made: Any) -> float:
-    return sum(s.unit for s in made.streams) / len(made.streams)
 
 
 def _seeds_missing(store: Any, made: Any) -> int:
@@ -82,9 +80,9 @@ def _seeds_missing(store: Any, made: Any) -> int:
 
 def _estimate(made: Any) -> float:
     """Bytes of a candidate before any was made: half a byte a pixel, as a photograph at JPEG 95."""
-    from stages.backbones.latent_diffusion import native_pixels
+    from stages.backbones.latent_diffusion import native_size
 
-    return 0.5 * native_pixels(made.config.backbone) + 500
+    return 0.5 * native_size(made.config.backbone) ** 2 + 500
 
 
 def _print(facts: dict[str, Any]) -> None:

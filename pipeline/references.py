@@ -18,8 +18,8 @@ from schemas.errors import Damaged, UserError
 from schemas.ids import fingerprint, sha256
 from schemas.records import Quarantined, Reference
 from schemas.sealed import seal, unseal
-from schemas.settings import Settings
 from stages.read.admit import admit
+from stages.read.settings import ReadSettings
 
 LOCK_VERSION = 1
 
@@ -66,18 +66,18 @@ class Lock:
         }
 
 
-def scan(settings: Settings | None, store: Store) -> Lock:
+def scan(settings: ReadSettings | None, store: Store) -> Lock:
     """Look at every file of the source; or take the lock of an earlier build when the settings say so."""
     if settings is None:
         return Lock()
-    if lock := getattr(settings, "lock", None):
-        name = f"builds/{lock}/references.lock"
+    if settings.lock is not None:
+        name = f"builds/{settings.lock}/references.lock"
         try:
             return Lock.from_bytes(store.get(name), name)
         except FileNotFoundError:
             known = ", ".join(store.list("builds")) or "none"
             raise UserError(
-                f"references.lock: no build {lock!r} in {store.uri}; builds there: {known}"
+                f"references.lock: no build {settings.lock!r} in {store.uri}; builds there: {known}"
             ) from None
     admission = admit(method_of("read", settings).items(), settings)
     classes: dict[str, list[Reference]] = {}
@@ -93,7 +93,7 @@ def reference_name(digest: str) -> str:
     return f"references/{digest[:2]}/{digest}"
 
 
-def keep(settings: Settings | None, store: Store, wanted: Iterable[Reference]) -> None:
+def keep(settings: ReadSettings | None, store: Store, wanted: Iterable[Reference]) -> None:
     """Copy the bytes of these references into the store, unless they are there already."""
     absent = {r.origin: r for r in wanted if not store.exists(reference_name(r.sha256))}
     if not absent:

