@@ -87,6 +87,6 @@ def report(result: Any, output: str, form: Literal["text", "json"]) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(build)

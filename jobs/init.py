@@ -39,6 +39,6 @@ def init(
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(init)

@@ -31,6 +31,6 @@ def pack(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> N
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(pack)

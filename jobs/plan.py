@@ -138,6 +138,6 @@ def _size(count: float) -> str:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(plan)

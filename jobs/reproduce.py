@@ -64,6 +64,6 @@ def find(store: Any, manifest: Any, key: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(reproduce)

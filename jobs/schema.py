@@ -13,6 +13,6 @@ def schema() -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(schema)

@@ -108,6 +108,6 @@ def _square(image: Image) -> Image:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(show)

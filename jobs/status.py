@@ -41,6 +41,6 @@ def status(uri: Uri, build: BuildId = None, json: Json = False) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(status)

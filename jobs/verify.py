@@ -149,6 +149,6 @@ def _parity(tar: bytes, parquet: bytes, shard: Any, base: str, keys: set[str], d
 
 
 if __name__ == "__main__":
-    from jobs.cli import run
+    from jobs.entry import run
 
     run(verify)

@@ -26,6 +26,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from stages import registry
 from stages.backbones.latent_diffusion import BackboneSettings
+from stages.read.settings import ReadSettings
 
 
 class MethodSettings:
@@ -71,7 +72,9 @@ def method_of(kind: str, settings: Settings) -> Any:
     return registry.resolve(kind, getattr(settings, tag))(settings)
 
 
-ReadSettings = Annotated[SerializeAsAny[Settings], MethodSettings("read", tag="kind", default="imagefolder")]
+References = Annotated[
+    SerializeAsAny[ReadSettings], MethodSettings("read", tag="kind", default="imagefolder")
+]
 InvertSettings = Annotated[SerializeAsAny[Settings], MethodSettings("invert")]
 CombineSettings = Annotated[SerializeAsAny[Settings], MethodSettings("combine")]
 RefineSettings = Annotated[SerializeAsAny[Settings], MethodSettings("refine")]
@@ -177,11 +180,11 @@ class BuildConfig(Settings):
     """Where everything is written: a folder or any fsspec URI."""
     rng_seed: int = 0
     backbone: BackboneSettings = BackboneSettings()
-    references: ReadSettings | None = None
+    references: References | None = None
     prompt: str = "a photo of a {class}"
     recipes: dict[str, Recipe] = Field(
-        default_factory=lambda: {"default": Recipe(combine="cog")}, min_length=1
-    )  # type: ignore[arg-type]
+        default_factory=lambda: {"default": Recipe.model_validate({"combine": "cog"})}, min_length=1
+    )
     targets: tuple[Target, ...] = Field(min_length=1)
     filter: Filters = ()
     shard: Shard = Shard()

@@ -65,6 +65,6 @@ def test_a_class_label_of_minus_one_is_no_label(pictures, read, tmp_path):
 
 
 def test_an_unreachable_hub_is_one_line(read):
-    with pytest.raises(UserError, match="references.uri: 'somebody/flowers' cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"references\.uri: 'somebody/flowers' cannot be loaded") as caught:
         read("huggingface", "somebody/flowers")
     assert "\n" not in str(caught.value)
