@@ -10,22 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from jobs.tangram.card import write_card
-from jobs.tangram.classifiers import PLANS, train_classifier
-from jobs.tangram.clip import train_clip
-from jobs.tangram.data import long_tail
-from jobs.tangram.diffusion import cached_latents, train_diffusion
-from jobs.tangram.evaluate import evaluate, print_figures
-from jobs.tangram.layout import PARTS, checkpoint_of, export, finished_vae
-from jobs.tangram.training import record_run
-from jobs.tangram.vae import train_vae
+from jobs.tangram import PARTS
 from schemas.errors import UserError
-from stages.backbones.weights import TANGRAM, check_sha256
 
-__all__ = ["evaluate", "train", "train_tangram"]
+# What learns is imported by the functions that use it, so that `seedloom --help` does not load torch.
 
 
 def train(
@@ -35,6 +25,9 @@ def train(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise UserError(f"tangram has no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    from jobs.tangram.layout import checkpoint_of
+    from jobs.tangram.training import record_run
+
     runs = {}
     for part in parts:
         runs[part] = _train_part(out, part, steps, resume)
@@ -43,6 +36,13 @@ def train(
 
 
 def _train_part(out: Path, part: str, steps: int | None, resume: bool) -> dict[str, float]:
+    from jobs.tangram.classifiers import PLANS, train_classifier
+    from jobs.tangram.clip import train_clip
+    from jobs.tangram.data import long_tail
+    from jobs.tangram.diffusion import cached_latents, train_diffusion
+    from jobs.tangram.layout import checkpoint_of, finished_vae
+    from jobs.tangram.vae import train_vae
+
     checkpoint = checkpoint_of(out, part)
     if part == "vae":
         return train_vae(checkpoint, steps=steps, resume=resume)
@@ -77,6 +77,13 @@ def train_tangram(
     ] = None,
 ) -> None:
     """Train the embedded backbone `tangram`, or evaluate it."""
+    import torch
+
+    from jobs.tangram.card import write_card
+    from jobs.tangram.evaluate import evaluate, print_figures
+    from jobs.tangram.layout import checkpoint_of, export
+    from stages.backbones.weights import TANGRAM, check_sha256
+
     torch.set_num_threads(threads)
     if evaluate_only:
         folder = TANGRAM if weights is None else weights

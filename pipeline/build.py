@@ -115,11 +115,12 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         return value
 
     try:
-        keep(config.references, store, plan.used_references())
         telemetry.say(f"build {plan.build_id}: starting workers")
         runner = make_runner(plan, config.output)
         timed("start", runner.__enter__)
         try:
+            # the workers are up, so models and config agree: from here on things are written
+            keep(config.references, store, plan.used_references())
             _commit_inputs(store, plan)
             timed("invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan)))
             timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))

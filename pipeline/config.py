@@ -15,8 +15,11 @@ import yaml
 from pydantic import (
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     SerializeAsAny,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -42,28 +45,54 @@ class MethodSettings:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {n: handler(registry.resolve(self.kind, n).Config) for n in registry.names(self.kind)}
 
-        def foreign(value: Any, built_in: Any) -> Any:
+        def chosen(value: Any, built_in: Any) -> Any:
+            """The settings, by the class that the tag names; `built_in` is there for the JSON schema."""
             if isinstance(value, Settings):
                 return value
             if isinstance(value, str):
                 value = {self.tag: value}
-            if isinstance(value, dict) and self.tag not in value and self.default:
+            if isinstance(value, dict) and self.default:
                 value = {self.tag: self.default, **value}
-            if isinstance(value, dict) and ":" in str(value.get(self.tag)):
-                try:
-                    cls = registry.resolve(self.kind, value[self.tag])
-                except UserError as error:
-                    raise PydanticCustomError("method", "{reason}", {"reason": str(error)}) from error
-                return cls.Config.model_validate(value)
-            return built_in(value)
+            if not isinstance(value, dict) or not isinstance(value.get(self.tag), str):
+                known = {"tag": self.tag, "allowed": ", ".join(choices), "given": _shortened(value)}
+                raise PydanticCustomError(
+                    "said", "must name a {tag}, as in {{tag}: NAME}, given {given}; allowed: {allowed}", known
+                )
+            try:
+                cls = registry.resolve(self.kind, value[self.tag])
+            except UserError as error:
+                raise PydanticCustomError("said", "{reason}", {"reason": str(error)}) from error
+            return cls.Config.model_validate(value)
 
         return core_schema.no_info_wrap_validator_function(
-            foreign,
+            chosen,
             core_schema.tagged_union_schema(choices, discriminator=self.tag),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda value: value.model_dump(mode="json")
             ),
         )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        """A mapping for one of the methods, its bare name, or a mapping for a class of the user's own."""
+        mappings: list[Any] = handler(schema)["oneOf"]
+        if not self.default:
+            mappings = [{"allOf": [mapping, {"required": [self.tag]}]} for mapping in mappings]
+        path = {"type": "string", "pattern": ".:."}
+        own = {"type": "object", "required": [self.tag], "properties": {self.tag: path}}
+        return {"anyOf": [*mappings, own, {"enum": registry.names(self.kind)}, path]}
+
+
+def _or_else(allowed: str) -> WrapValidator:
+    """In place of the complaints of each member of a union, one that says what is allowed."""
+
+    def check(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            known = {"allowed": allowed, "given": _shortened(value)}
+            raise PydanticCustomError("said", "must be {allowed}, given {given}", known) from error
+
+    return WrapValidator(check)
 
 
 def method_of(kind: str, settings: Settings) -> Any:
@@ -86,7 +115,7 @@ def _one_of_each(filters: Sequence[Settings] | None) -> Sequence[Settings] | Non
     names = [f.method for f in filters or ()]  # type: ignore[attr-defined]
     for name in names:
         if names.count(name) > 1:
-            raise PydanticCustomError("filter", "{n} is listed twice; a filter may stand once", {"n": name})
+            raise PydanticCustomError("said", "{n} is listed twice; a filter may stand once", {"n": name})
     return filters
 
 
@@ -116,11 +145,11 @@ class Recipe(Settings):
     def _consistent(self) -> Recipe:
         if self.unit % self.batch:
             raise PydanticCustomError(
-                "batch", "unit must be a multiple of batch, given unit {u} and batch {b}",
+                "said", "unit must be a multiple of batch, given unit {u} and batch {b}",
                 {"u": self.unit, "b": self.batch},
             )  # fmt: skip
         if self.combine is None and self.invert is not None:
-            raise PydanticCustomError("invert", "invert makes seeds that nothing uses: set combine as well")
+            raise PydanticCustomError("said", "invert makes seeds that nothing uses: set combine as well")
         if self.combine is not None and self.invert is None:
             default = registry.resolve("invert", "ddim").Config()
             object.__setattr__(self, "invert", default)
@@ -136,12 +165,18 @@ class FewerThan(Settings):
 class Target(Settings):
     """What is asked for: so many accepted images of each of these classes."""
 
-    classes: Literal["all"] | FewerThan | tuple[str, ...]
+    classes: Annotated[
+        Literal["all"] | FewerThan | Annotated[tuple[str, ...], Field(min_length=1)],
+        _or_else("all, a list of classes, or {fewer_than: N} with N from 1 up"),
+    ]
     accepted: int = Field(ge=1)
     """Quota: accepted images of each class."""
     attempts: float = Field(default=8, ge=1)
     """At most so many candidates for each image of the quota, rounded up to whole units."""
-    recipe: str | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    recipe: Annotated[
+        str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None,
+        _or_else("the name of a recipe, or {NAME: SHARE, …} with shares above 0"),
+    ] = None
     """The recipe, or several with their shares of the accepted images; may be left out when there is one."""
     filter: Filters | None = None
     """Replaces the recipe's and the build's filters for these classes."""
@@ -163,7 +198,9 @@ class Run(Settings):
     """How the work is run. Nothing here changes what is made."""
 
     runner: Literal["ray", "local"] = "ray"
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"], _or_else("auto, or a whole number from 1 up")
+    ] = "auto"
     """auto: one for each GPU, or for each `threads_per_worker` cores where there is none."""
     gpus_per_worker: float = Field(default=1, gt=0)
     threads_per_worker: int = Field(default=1, ge=1)
@@ -197,8 +234,9 @@ class BuildConfig(Settings):
     def _prompt(cls, prompt: str) -> str:
         if "{class}" not in prompt or re.sub(r"\{class\}", "", prompt).count("{"):
             raise PydanticCustomError(
-                "prompt", "must contain {{class}} and no other braces, given {given}", {"given": repr(prompt)}
-            )
+                "said", "must contain {needed} and no other braces, given {given}",
+                {"needed": "{class}", "given": repr(prompt)},
+            )  # fmt: skip
         return prompt
 
     @model_validator(mode="after")
@@ -206,14 +244,14 @@ class BuildConfig(Settings):
         for i, target in enumerate(self.targets):
             if target.recipe is None and len(self.recipes) > 1:
                 raise PydanticCustomError(
-                    "recipe", "targets.{i}.recipe must be set: there are several recipes ({allowed})",
+                    "said", "targets.{i}.recipe must be set: there are several recipes ({allowed})",
                     {"i": i, "allowed": ", ".join(self.recipes)},
                 )  # fmt: skip
             asked = [target.recipe] if isinstance(target.recipe, str) else list(target.recipe or ())
             for name in asked:
                 if name not in self.recipes:
                     raise PydanticCustomError(
-                        "recipe", "targets.{i}.recipe: unknown recipe {name}; allowed: {allowed}",
+                        "said", "targets.{i}.recipe: unknown recipe {name}; allowed: {allowed}",
                         {"i": i, "name": repr(name), "allowed": ", ".join(self.recipes)},
                     )  # fmt: skip
         return self
@@ -248,15 +286,28 @@ class BuildConfig(Settings):
         return content
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that does not let the second of two equal keys replace the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
+        for key, (place, _) in zip(keys, node.value, strict=False):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=place.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> BuildConfig:
     """Read a config file and apply `key.path=value` overrides. Raises `UserError`."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML ({problem})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({_flat(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config is a mapping of keys such as `output` and `targets`")
     for override in overrides:
@@ -269,42 +320,72 @@ def parse(content: dict[str, Any], source: str) -> BuildConfig:
     try:
         return BuildConfig.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_say(e) for e in error.errors()[:3])) from error
+        found = error.errors()
+        # pydantic goes on to complain of the list or mapping around what is wrong
+        inner = [e for e in found if not any(_around(e, other) for other in found)]
+        raise UserError(f"{source}: " + "; ".join(_say(e) for e in inner[:3])) from error
+
+
+def _around(error: Any, other: Any) -> bool:
+    outer = error["loc"]
+    return len(outer) < len(other["loc"]) and other["loc"][: len(outer)] == outer
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override!r}: expected key.path=value, such as rng_seed=3")
     *parents, last = path.split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"--set {override!r}: expected key.path=value, such as rng_seed=3")
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML ({_flat(error)})") from error
+
+    def index(place: Any, key: str) -> Any:
+        if isinstance(place, dict):
+            return key
+        if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+            return int(key)
+        raise UserError(f"--set {override!r}: there is no {path!r} in the config")
+
     place: Any = content
-    for key in [*parents, last]:
-        inside_list = isinstance(place, list)
-        if not isinstance(place, dict | list) or (
-            inside_list and not (key.isdigit() and int(key) < len(place))
-        ):
-            raise UserError(f"--set {override!r}: there is no {path!r} in the config")
-        index: Any = int(key) if inside_list else key
-        if key is last and place is not None:
-            place[index] = yaml.safe_load(text)
-            return
-        place = place[index] if inside_list else place.setdefault(index, {})
+    for key in parents:
+        if isinstance(place, dict):
+            place.setdefault(key, {})
+        place = place[index(place, key)]
+    place[index(place, last)] = value
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+_WORDS = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys",
+    "model_type": "must be a mapping of keys",
+}
 
 
 def _say(error: Any) -> str:
     """One pydantic error in words: key, what is allowed, what was given."""
-    # A tagged union adds the tag to the location ("filter.0.clip.margin"); a person wrote "filter.0.margin".
-    where = ".".join(str(part) for part in error["loc"] if part not in ("tuple[str, ...]", "FewerThan"))
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{where}: unknown key; see `seedloom schema` for the allowed ones"
-    if kind == "missing":
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
         return f"{where}: is missing"
-    if kind == "union_tag_invalid":
-        allowed = f"{context['expected_tags']}, or package.module:Class"
-        return f"{where}: unknown method {context['tag']!r}; allowed: {allowed}"
-    if kind == "union_tag_not_found":
-        return f"{where}: must name a method, as in {{method: NAME}}"
-    if kind in ("method", "filter", "batch", "invert", "prompt", "recipe"):
+    if error["type"] == "said":  # our own, which say everything themselves
         return f"{where}: {error['msg']}" if where else error["msg"]
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, given {error['input']!r}"
+    told = _WORDS.get(error["type"]) or error["msg"].replace("Input should be", "must be")
+    return f"{where}: {told}, given {_shortened(error['input'])}"

@@ -117,7 +117,10 @@ class Units:
         self._probes[unit][task.index] = death
         self._probing[unit].discard(task.index)
         if not self._probing[unit]:
-            killers = {i: text for i, text in self._probes.pop(unit).items() if text is not None}
+            ends = self._probes.pop(unit)
+            killers = {i: text for i, text in ends.items() if text is not None}
+            if len(killers) == len(ends):
+                raise RuntimeError(f"every candidate of {self.plan.by_id[task.stream].name} ends its worker")
             self._again.append(UnitTask(*unit, killers=killers))
 
     def _refill(self, stream: str) -> None:

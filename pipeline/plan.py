@@ -107,6 +107,10 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
     chosen = _targets(config, lock)
     classes = tuple(sorted({*lock.classes, *chosen}))
     readable = {label: config.readable(label) for label in classes}
+    if twins := [label for label in classes if list(readable.values()).count(readable[label]) > 1]:
+        raise UserError(
+            f"targets: the classes {twins[0]!r} and {twins[1]!r} both read {readable[twins[0]]!r}"
+        )
     prompts = {label: config.prompt.replace("{class}", readable[label]) for label in classes}
 
     streams = []

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.plan import Plan
 from pipeline.tasks import Receipt, Task, UnitTask, Work
 from schemas.errors import UserError
 
 IN_FLIGHT = 2
-# An actor that dies so often before anything completes will not get well by another try.
-FRUITLESS_DEATHS = 6
+# Lost or failed actors per worker, one after another, before anything completes: another will not do better.
+FRUITLESS = 8
 
 
 class _Actor:
@@ -44,7 +44,8 @@ class _Seat:
     """A place for an actor, and what its actor is doing."""
 
     actor: Any
-    ready: Any  # reference that resolves when the models are loaded
+    loading: Any  # reference that resolves when the models are loaded
+    up: bool = False  # they are: it may be given tasks
     tasks: list[Task] = field(default_factory=list)
     alone: bool = False  # its task may have killed an actor: nothing else runs beside it
 
@@ -81,12 +82,14 @@ class RayRunner:
             # OpenMP reads this once, when it starts
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
-        self._plan = ray.put(self.plan)
-        self._seats = [self._seat() for _ in range(self.workers)]
+        self._seats: list[_Seat] = []
+        self._fruitless = 0  # deaths and failed starts since anything completed
         try:
-            self._until_ready(
-                self._seats[0]
-            )  # a mistake of the user's shows in any worker: one line, at once
+            self._plan = ray.put(self.plan)
+            self._seats = [self._seat() for _ in range(self.workers)]
+            # a mistake of the user's shows in any worker: one line, at once
+            while not any(seat.up for seat in self._seats):
+                self._seat_those_of(ray.wait([seat.loading for seat in self._seats])[0])
         except BaseException:
             self.__exit__()
             raise
@@ -103,21 +106,38 @@ class RayRunner:
         actor = ray.remote(**self._options)(_Actor).remote()
         return _Seat(actor, actor.setup.remote(self._plan, self.uri))
 
-    def _until_ready(self, seat: _Seat) -> None:
-        try:
-            ray.get(seat.ready)
-        except RayTaskError as error:
-            raise _cause(error) from None
+    def _seat_those_of(self, loaded: list[Any]) -> None:
+        """Take the actors whose loading ended into service; replace those that could not load."""
+        for seat in [s for s in self._seats if not s.up and s.loading in loaded]:
+            try:
+                ray.get(seat.loading)
+            except RayError as error:
+                self._replace(seat, error)
+            else:
+                seat.up = True
+
+    def _replace(self, seat: _Seat, error: RayError) -> None:
+        """Put a new actor in the place of one that was lost, or that could not load."""
+        cause = _cause(error)
+        if isinstance(cause, UserError):
+            raise cause from None
+        with contextlib.suppress(Exception):
+            ray.kill(seat.actor)  # it may only be out of reach, and still hold its device
+        self._fruitless += 1
+        if self._fruitless >= FRUITLESS * self.workers:
+            raise RuntimeError(
+                f"{self._fruitless} workers were lost one after another, nothing was done; see the Ray logs"
+            ) from error
+        self.restarts += 1
+        self._seats[self._seats.index(seat)] = self._seat()
 
     def run(self, work: Work) -> None:
         again: deque[Task] = deque()  # to be run once more
         solo: deque[Task] = deque()  # to be run once more, with nothing beside it
-        deaths: Counter[Any] = Counter()  # actors lost with this work in flight
-        alone_deaths: Counter[Any] = Counter()
+        deaths: Counter[Any] = Counter()  # actors lost while they ran this and nothing else
         tries: Counter[Any] = Counter()  # unexpected errors
         last_seat: dict[Any, _Seat] = {}
         flying: dict[Any, tuple[Task, _Seat]] = {}
-        fruitless = 0
 
         def start(task: Task, seat: _Seat, alone: bool = False) -> None:
             seat.tasks.append(task)
@@ -125,62 +145,52 @@ class RayRunner:
             last_seat[identity(task)] = seat
             flying[seat.actor.run.remote(task)] = (task, seat)
 
-        def room() -> list[_Seat]:
-            return [s for s in self._seats if not s.alone and len(s.tasks) < IN_FLIGHT]
-
-        def seat_for(task: Task) -> _Seat | None:
-            """The least busy actor; a second try goes to another one where there are several."""
-            before = last_seat.get(identity(task)) if len(self._seats) > 1 else None
-            return min((s for s in room() if s is not before), key=lambda s: len(s.tasks), default=None)
-
         def feed() -> None:
-            while solo and (idle := [s for s in self._seats if not s.tasks]):
-                start(solo.popleft(), idle[0], alone=True)
-            if solo:  # let an actor run dry
-                return
+            ours = [s for s in self._seats if s.up and not s.alone]
+            ours.sort(key=lambda s: len(s.tasks))
+            while solo and ours and not ours[0].tasks:
+                start(solo.popleft(), ours.pop(0), alone=True)
+            ours = ours[len(solo) :]  # the others run dry for what is to run alone
             waiting = []
-            while room() and (task := again.popleft() if again else work.next()):
-                if seat := seat_for(task):
-                    start(task, seat)
+            while (room := [s for s in ours if len(s.tasks) < IN_FLIGHT]) and (task := next_task()):
+                # a second try goes to another actor where there is one
+                before = last_seat.get(identity(task)) if self.workers > 1 else None
+                if others := [s for s in room if s is not before]:
+                    start(task, min(others, key=lambda s: len(s.tasks)))
                 else:
                     waiting.append(task)
+            if waiting and not flying:  # the others may never come up
+                start(waiting.pop(0), ours[0])
             again.extend(waiting)
 
-        def lost(seat: _Seat) -> None:
+        def next_task() -> Task | None:
+            return again.popleft() if again else work.next()
+
+        def lost(seat: _Seat, error: RayError) -> None:
             """Replace an actor that died, and run its tasks again."""
-            nonlocal fruitless
-            fruitless += 1
-            self.restarts += 1
             for ref in [r for r, (_, s) in flying.items() if s is seat]:
                 del flying[ref]
+            self._replace(seat, error)
             for task in seat.tasks:
                 name = identity(task)
-                deaths[name] += 1
-                alone_deaths[name] += seat.alone
-                if alone_deaths[name] >= 2:
-                    alone_deaths[name] = deaths[name] = 0
-                    fruitless = 0
+                deaths[name] += seat.alone
+                # taking a unit apart harms nothing; believing a candidate's guilt takes two deaths
+                if deaths[name] >= (1 if type(task) is UnitTask else 2):
+                    deaths[name] = 0
                     work.killed(task)
-                elif deaths[name] >= 2:
-                    solo.append(task)
                 else:
-                    again.append(task)
-            self._seats[self._seats.index(seat)] = self._seat()
-            if fruitless >= FRUITLESS_DEATHS:
-                raise RuntimeError(
-                    f"{fruitless} workers died one after another before anything was done; see the Ray logs"
-                )
+                    solo.append(task)
 
         while True:
             feed()
-            if not flying:
-                if again or solo:
-                    continue
+            loading = [seat.loading for seat in self._seats if not seat.up]
+            if not flying and not again and not solo:
                 return
-            ready, _ = ray.wait(list(flying), num_returns=1)
+            ready, _ = ray.wait([*flying, *loading])
+            self._seat_those_of(ready)
             for ref in ready:
                 if ref not in flying:
-                    continue  # went down with its actor a moment ago
+                    continue  # was a loading, or went down with its actor a moment ago
                 task, seat = flying[ref]
                 try:
                     receipt = ray.get(ref)
@@ -194,15 +204,17 @@ class RayRunner:
                         raise cause from (None if isinstance(cause, UserError) else error)
                     self.retries += 1
                     again.append(task)
-                except RayActorError:
-                    lost(seat)
+                except RayError as error:
+                    lost(seat, error)
                 else:
                     del flying[ref]
                     seat.tasks.remove(task)
                     seat.alone = False
-                    fruitless = 0
+                    self._fruitless = 0
                     work.done(task, receipt)
 
 
-def _cause(error: RayTaskError) -> BaseException:
-    return error.cause if isinstance(error.cause, BaseException) else error
+def _cause(error: RayError) -> BaseException:
+    """What was raised in the actor, when it is that and can be had here."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error

@@ -8,9 +8,11 @@ alone.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 PASSED = "passed"
 FAILED = "failed"
@@ -18,19 +20,21 @@ FAILED = "failed"
 
 
 def slots(shares: Mapping[str, float], quota: int) -> list[str]:
-    """The recipe of each accepted slot, by smooth weighted round-robin.
+    """The recipe of each accepted slot, so that every prefix keeps every share within one image.
 
-    Each prefix is as close to the shares as whole images allow, so a larger quota only adds slots. Ties go
-    to the name that sorts first.
+    The quota method of Balinski and Young (The quota method of apportionment, 1975): of the recipes that are
+    below their share, the one whose next image is due first. A larger quota only adds slots. (Plain
+    smooth round-robin can be off by more than one image from four recipes on.) Ties go to the name that
+    sorts first; shares are taken as the decimal numbers that a person wrote.
     """
-    total = sum(shares.values())
-    credit = dict.fromkeys(sorted(shares), 0.0)
-    order = []
-    for _ in range(quota):
-        for name in credit:
-            credit[name] += shares[name]
-        chosen = max(credit, key=lambda name: credit[name])  # max keeps the first of equals
-        credit[chosen] -= total
+    exact = {name: Fraction(str(shares[name])) for name in sorted(shares)}
+    scale = math.lcm(*(share.denominator for share in exact.values()))
+    whole = {name: int(share * scale) for name, share in exact.items()}
+    total, counts, order = sum(whole.values()), dict.fromkeys(whole, 0), []
+    for number in range(1, quota + 1):
+        due = [name for name in whole if counts[name] * total < number * whole[name]]
+        chosen = min(due, key=lambda name: (counts[name] + 1) / whole[name])  # min keeps the first of equals
+        counts[chosen] += 1
         order.append(chosen)
     return order
 

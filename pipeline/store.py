@@ -7,6 +7,7 @@ s3fs and others send for `mode="create"`. A store that cannot do it is refused b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -41,10 +42,19 @@ class Store:
         try:
             honoured = self.put_new(name, b"1") and not self.put_new(name, b"2") and self.get(name) == b"1"
             self.fs.rm(self.path(name))
-        except OSError as error:
-            reason = error.strerror or error
+            if self.local:  # a build that is refused later leaves no empty folders behind
+                for folder in (self.path(_SCRATCH), self.root):
+                    with contextlib.suppress(OSError):
+                        os.rmdir(folder)
+        except (
+            TypeError,
+            ValueError,
+            NotImplementedError,
+        ):  # it does not know `mode`, or cannot write at all
+            honoured = False
+        except Exception as error:  # stores have errors of their own, such as botocore's
             raise UserError(
-                f"output {self.uri!r}: cannot be written ({reason}); choose one that you may write"
+                f"output {self.uri!r}: cannot be written ({_reason(error)}); choose one that you may write"
             ) from error
         if not honoured:
             raise UserError(
@@ -53,7 +63,10 @@ class Store:
 
     def get(self, name: str) -> bytes:
         """The bytes of an object. Raises `FileNotFoundError`."""
-        return self.fs.cat_file(self.path(name))
+        try:
+            return self.fs.cat_file(self.path(name))
+        except NotADirectoryError as error:  # a file stands where a folder should: nothing is there either
+            raise FileNotFoundError(self.path(name)) from error
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         return self.fs.cat_file(self.path(name), start=offset, end=offset + length)
@@ -87,7 +100,7 @@ class Store:
         try:
             # refresh: another process may have written since fsspec last looked
             found = self.fs.ls(self.path(folder), detail=False, refresh=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except TypeError:  # file systems without a listing cache do not take `refresh`
             found = self.fs.ls(self.path(folder), detail=False)
@@ -116,6 +129,10 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         return path
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -113,7 +113,7 @@ class Work(Protocol):
     def done(self, task: Task, receipt: Receipt) -> None: ...
 
     def killed(self, task: Task) -> None:
-        """The task ended its worker twice while nothing else ran on it. Raises when that is the end."""
+        """The task ended its worker while nothing else ran on it, twice if it is no unit. May raise."""
         ...
 
 

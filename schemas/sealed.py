@@ -25,7 +25,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         content = json.loads(data)
         content.pop("sha256")
         intact = seal(content) == data
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise Damaged(f"{name}: damaged (its content does not match the hash that it carries)")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 
@@ -33,6 +33,7 @@ class Resources:
     device: Literal["accelerator", "cpu"] = "accelerator"
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A diffusion model behind our interface. Methods call these and never touch a diffusers class."""
 
@@ -66,6 +67,7 @@ class Backbone(Protocol):
         ...
 
 
+@runtime_checkable
 class ClipModel(Protocol):
     """An image-text model. Features are not normalised."""
 
@@ -77,6 +79,7 @@ class ClipModel(Protocol):
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B E"]: ...
 
 
+@runtime_checkable
 class ImageClassifier(Protocol):
     fingerprint: str
     classes: tuple[str, ...]
@@ -84,6 +87,7 @@ class ImageClassifier(Protocol):
     def logits(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B K"]: ...
 
 
+@runtime_checkable
 class Models(Protocol):
     """The models of a worker: each is loaded once, when first asked for."""
 

@@ -62,7 +62,7 @@ def resolve(kind: str, name: str) -> type[contract.Method]:
     module, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"{kind} method {name!r} cannot be imported ({error}); {allowed}") from error
     if not (isinstance(cls, type) and issubclass(cls, KINDS[kind])):
         raise UserError(f"{kind} method {name!r} is not a subclass of stages.contract.{KINDS[kind].__name__}")

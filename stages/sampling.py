@@ -50,8 +50,8 @@ def timesteps(backbone: Backbone, steps: int) -> list[int]:
             ascending = np.linspace(0, total - 1, steps).round()
     if ascending[-1] >= total:
         raise UserError(
-            f"{steps} sampling steps given; with a steps_offset of {backbone.steps_offset} "
-            f"this backbone has 1 to {total // 2}"
+            f"{steps} sampling steps given; the first would be at timestep {ascending[-1]:.0f}, "
+            f"and this backbone's are 0 to {total - 1}: give fewer steps"
         )
     return [int(t) for t in ascending[::-1]]
 

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 from tests.reference_files import bad_files, photographs, png  # noqa: F401  fixtures
 
 torch.set_num_threads(1)
+
+# Annotated shapes are checked in every call that a test makes.
+METHODS = ("sampling", "gaussianity", "backbones", "invert", "combine", "refine", "generate", "filter")
+install_import_hook([f"stages.{name}" for name in METHODS], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

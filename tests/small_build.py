@@ -2,7 +2,7 @@
 
 `make_config(folder)` writes a config that builds in about a second on one core: tangram at one step, three
 classes of four drawings, and a filter whose scores have nothing to do with how good an image is. Use it with
-the fixture `references` (see tests/pipeline/conftest.py):
+the fixture `references`, which tests/pipeline/conftest.py and tests/jobs/conftest.py hand on:
 
     path = make_config(tmp_path, references)                      # the YAML file; the output is tmp_path/out
     path = make_config(tmp_path, references, rng_seed=5, run={"runner": "ray", "workers": 2})
@@ -14,10 +14,12 @@ where Python finds this module by its name.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from jaxtyping import Float
 from pydantic import Field
@@ -31,7 +33,23 @@ from stages.generate.text_to_image import TextToImage
 CLASSES = ("circle", "gear", "ring")
 
 
-def make_config(folder: Path, references: Path | None = None, **overrides: Any) -> Path:
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory) -> Path:
+    """An ImageFolder of three classes with four drawings each. To be read only."""
+    from jobs.tangram.drawings import write_references
+
+    folder = tmp_path_factory.mktemp("drawings") / "references"
+    write_references(folder, CLASSES, per_class=4)
+    return folder
+
+
+@pytest.fixture
+def references(drawings, tmp_path) -> Path:
+    """The same, the test's own to change."""
+    return shutil.copytree(drawings, tmp_path / "references")
+
+
+def make_config(folder: Path, references: Path | None = None, /, **overrides: Any) -> Path:
     """Write `folder`/dataset.yaml; keywords replace top-level keys. Returns its path."""
     content: dict[str, Any] = {
         "name": "small",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from jobs.tangram import classifiers, clip, diffusion, vae
+from jobs.tangram import PARTS, classifiers, clip, diffusion, vae
 from jobs.tangram.clip import CLASS_PROMPTS
 from jobs.tangram.drawings import CLASSES, COUNTS, RARE, SIZE
 from jobs.tangram.evaluate import row_of
-from jobs.tangram.layout import PARTS, checkpoint_of
+from jobs.tangram.layout import checkpoint_of
 from jobs.tangram.parts import class_scores, clip_scores, load, noise_of, paint
 
 SHEET = "rare_best_of_64.png"

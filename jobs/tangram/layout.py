@@ -27,7 +27,6 @@ from jobs.tangram.vae import new_vae, standardised
 from jobs.tangram.words import new_tokenizer
 from stages.backbones.weights import SUMS, sha256_of
 
-PARTS = ("vae", "diffusion", "clip", "classifier", "judge")
 MEAN = STD = [0.5, 0.5, 0.5]  # pixels 0..1 to -1..1, for every network here
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from schemas.errors import UserError
@@ -36,7 +37,7 @@ CONFIGS = (
 class BackboneSettings(Settings):
     """Which diffusion model draws the images."""
 
-    model: str = "tangram"
+    model: str = Field(default="tangram", min_length=1)
     """tangram (embedded), a local folder in the diffusers layout, or an id on the Hugging Face hub."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; its default branch when not set."""
@@ -103,6 +104,8 @@ def _folder(settings: BackboneSettings) -> Path:
     """Where the files lie on this machine; a hub id is downloaded if it is not in the cache yet."""
     what = f"backbone {settings.model}"
     local = Path(settings.model).expanduser()
+    if settings.revision is not None and (settings.model == "tangram" or local.is_dir()):
+        raise UserError(f"{what}: revision {settings.revision} given, but only a hub id has revisions")
     if settings.model == "tangram":
         folder = files.tangram()
     elif local.is_dir():
@@ -226,6 +229,11 @@ def _check(unet: Any, vae: Any, scheduler: Any, what: str) -> None:
         raise UserError(
             f"{what}: its prediction_type is {scheduler.config.prediction_type}; "
             "epsilon and v_prediction are supported"
+        )
+    if scheduler.config.timestep_spacing not in ("leading", "trailing", "linspace"):
+        raise UserError(
+            f"{what}: its timestep_spacing is {scheduler.config.timestep_spacing}; "
+            "leading, trailing and linspace are supported"
         )
 
 

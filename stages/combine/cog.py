@@ -33,7 +33,7 @@ from stages.contract import Combine
 def combine_cog(
     w_BK: Float[Tensor, "B K"],
     z_KCHW: Float[Tensor, "K C H W"],
-    mean: float | Float[Tensor, "C H W"] = 0.0,
+    mean: float | Float[Tensor, "C _ _"] = 0.0,
 ) -> Float[Tensor, "B C H W"]:
     """(1 − α/√β)·μ + w·z/√β per row, in float64: N(μ, Σ) if z is i.i.d. N(μ, Σ) and independent of w."""
     w = w_BK.double()

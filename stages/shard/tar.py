@@ -1,6 +1,6 @@
 """A tar whose bytes depend on the names and contents of its members alone.
 
-POSIX ustar: members sorted by name, owner 0, mode 0644, time 0, two blocks of zeros at the end. Ten times as
+POSIX ustar: members sorted by name, owner 0, mode 0644, time 0, two blocks of zeros at the end. Five times as
 fast as `tarfile` for small members, because it writes one fixed header instead of describing a file.
 """
 
@@ -18,9 +18,7 @@ SIZE_LIMIT = 8**11  # bytes; eleven octal digits
 
 # All fields of a header after the name and before the size, and after the checksum (ustar: POSIX.1-1988).
 BEFORE_SIZE = b"0000644\0" + b"0000000\0" + b"0000000\0"
-AFTER_CHECKSUM = (b"0" + bytes(100) + b"ustar\00000" + bytes(64) + b"0000000\0" + b"0000000\0").ljust(
-    356, b"\0"
-)
+AFTER_CHECKSUM = (b"0" + bytes(100) + b"ustar\00000").ljust(356, b"\0")
 TIME = b"00000000000\0"
 FIXED_SUM = 8 * ord(" ") + sum(AFTER_CHECKSUM)  # the checksum counts its own field as spaces
 

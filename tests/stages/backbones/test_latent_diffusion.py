@@ -67,9 +67,9 @@ def test_an_embedding_made_in_inference_mode_serves_a_gradient(folder):
 
 
 def test_a_prompt_that_the_model_cannot_read_whole_is_refused(load_tiny):
-    load_tiny().embed(["ten chars!"])  # with start and end exactly the 12 tokens that there are
-    with pytest.raises(UserError, match=r"prompt of 13 tokens given, .* reads 12: shorten 'ten chars!!'"):
-        load_tiny().embed(["ten chars!!"])
+    load_tiny().embed(["ten chars!!"])  # with start and end exactly the 12 tokens that there are
+    with pytest.raises(UserError, match=r"prompt of 13 tokens given, .* reads 12: shorten 'ten chars!!!'"):
+        load_tiny().embed(["ten chars!!!"])
 
 
 def test_half_precision_networks_keep_float32_latents(tiny_folder):
@@ -156,6 +156,10 @@ def test_models_that_would_load_and_draw_nonsense_are_refused(folder, tiny_folde
     with pytest.raises(UserError, match="prediction_type is sample; epsilon and v_prediction are supported"):
         load(folder)
     shutil.copy(tiny_folder() / "scheduler" / "scheduler_config.json", folder / "scheduler")
+    edit(folder / "scheduler" / "scheduler_config.json", timestep_spacing="karras")
+    with pytest.raises(UserError, match="timestep_spacing is karras; leading, trailing and linspace"):
+        load(folder)
+    shutil.copy(tiny_folder() / "scheduler" / "scheduler_config.json", folder / "scheduler")
     shutil.rmtree(folder / "unet")
     from diffusers import UNet2DConditionModel
 
@@ -173,7 +177,6 @@ def test_models_that_would_load_and_draw_nonsense_are_refused(folder, tiny_folde
         ("./nowhere", "no such folder; give tangram"),
         ("/nowhere/at/all", "no such folder; give tangram"),
         ("tangrm", "no such folder; give tangram"),
-        ("", "no such folder; give tangram"),
     ],
 )
 def test_a_model_that_is_nowhere_is_refused(model, message):
@@ -189,6 +192,12 @@ def test_a_hub_model_that_cannot_be_had_is_refused_in_one_line(monkeypatch):
         load("nobody/no-such-model", revision="v1")
     assert "\n" not in str(caught.value)
     assert "v1" in str(caught.value)
+
+
+def test_only_hub_models_have_revisions(tiny_folder):
+    for model in ("tangram", str(tiny_folder())):
+        with pytest.raises(UserError, match="revision v1 given, but only a hub id has revisions"):
+            backbone_fingerprint(BackboneSettings(model=model, revision="v1"))
 
 
 def test_a_folder_that_lacks_a_part_names_it(folder):
@@ -234,5 +243,7 @@ def test_tangram_is_checked_before_it_is_used(monkeypatch, tmp_path):
 def test_unknown_settings_are_refused():
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         BackboneSettings(trust_remote_code=True)
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        BackboneSettings(model="")
     with pytest.raises(ValidationError, match="'float32', 'bfloat16' or 'float16'"):
         BackboneSettings(dtype="float8")

@@ -39,7 +39,6 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone):
     poisoned[1] = torch.nan
     method = TextToImage(TextToImage.Config(steps=4))
     first = method(backbone, torch.stack([row_CHW, *others]), "a red star")[0]
-    last = method(backbone, torch.stack([*others.flip(0) * 0.5, row_CHW]), "a red star")[3]
-    among_nan = method(backbone, torch.stack([poisoned[0], row_CHW, *poisoned[1:]]), "a red star")[1]
-    assert torch.equal(first, last)
-    assert torch.equal(first, among_nan)
+    other = method(backbone, torch.stack([*poisoned.flip(0), row_CHW]), "a red star")
+    assert torch.equal(other[3], first)
+    assert not torch.isfinite(other[1]).any()

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.gaussianity import gaussianity
@@ -56,12 +56,13 @@ def test_the_same_on_a_network(load_tiny):
             again_BCHW = denoise(backbone, seeds_BCHW, "a cat", Sampler(steps, 1.0))
         return ((again_BCHW - latents_BCHW).norm() / latents_BCHW.norm()).item()
 
-    errors = [error(steps) for steps in (10, 40, 160)]
-    assert errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2], errors
-    assert errors[2] < 0.05
+    errors = [error(steps) for steps in (10, 30, 90)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
+    assert errors[2] < 0.1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99), steps=st.integers(1, 30))
 def test_where_the_noise_does_not_depend_on_the_latent_the_way_back_is_exact(
     gaussian_backbone, guidance, seed, steps
@@ -109,8 +110,7 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone):
     poisoned[1] = torch.nan
     method = DdimInversion(DdimInversion.Config(steps=4, guidance=2.0))
     first = method(backbone, torch.stack([row_3hw, *others]), "a red star")
-    last = method(backbone, torch.stack([*others.flip(0) * 0.5, row_3hw]), "a red star")
-    among_nan = method(backbone, torch.stack([poisoned[0], row_3hw, *poisoned[1:]]), "a red star")
-    for inverted, slot in ((last, 3), (among_nan, 1)):
-        assert torch.equal(inverted.z_BCHW[slot], first.z_BCHW[0])
-        assert inverted.measures[slot] == first.measures[0]
+    other = method(backbone, torch.stack([*poisoned.flip(0), row_3hw]), "a red star")
+    assert torch.equal(other.z_BCHW[3], first.z_BCHW[0])
+    assert other.measures[3] == first.measures[0]
+    assert not torch.isfinite(other.z_BCHW[1]).any()

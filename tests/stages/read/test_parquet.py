@@ -48,6 +48,13 @@ def test_classes_and_folders_that_are_columns(pictures, write, read, tmp_path):
     assert [q.reason for q in admission.quarantined] == ["the label 5 is no number from 0 to 1 of `classes`"]
 
 
+def test_a_folder_above_the_source_is_no_column(pictures, write, read, tmp_path):
+    data = next(iter(pictures.values()))
+    write.file(f"{tmp_path}/label=owl/refs/a.parquet", saved({"image": [data]}))
+    with pytest.raises(UserError, match="no column 'label'; it has image$"):
+        read("parquet", tmp_path / "label=owl" / "refs")
+
+
 def test_rows_without_image_or_label_are_counted_and_refused(pictures, write, read, tmp_path):
     data = next(iter(pictures.values()))
     images = pa.array([{"bytes": data}, {"bytes": None}, None, {"bytes": data}])

@@ -6,8 +6,10 @@ from stages.refine.none import NoRefinement
 from stages.sampling import Sampler
 
 
-def test_seeds_stay_as_they_are(gaussian_backbone):
+def test_seeds_stay_as_they_are(gaussian_backbone, models):
     z_BCHW = torch.randn(2, 4, 4, 4)
-    refined = NoRefinement(NoRefinement.Config())(gaussian_backbone(), None, z_BCHW, "", Sampler(1, 1.0), {})
+    refined = NoRefinement(NoRefinement.Config())(
+        gaussian_backbone(), models, z_BCHW, "", Sampler(1, 1.0), {}
+    )
     assert torch.equal(refined.z_BCHW, z_BCHW)
     assert refined.losses == [[], []]

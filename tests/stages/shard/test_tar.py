@@ -21,16 +21,14 @@ def written(members: dict[str, bytes]) -> tuple[bytes, dict[str, tar.Span]]:
     return file.getvalue(), spans
 
 
-@settings(max_examples=60, deadline=None)
-@given(MEMBERS, st.randoms())
-def test_bytes_depend_on_names_and_contents_alone(members, rng):
-    data, spans = written(members)
-    shuffled = list(members.items())
-    rng.shuffle(shuffled)
-    assert written(dict(shuffled)) == (data, spans)
+@settings(max_examples=40, deadline=None)
+@given(MEMBERS, st.integers(0, 9))
+def test_bytes_depend_on_names_and_contents_alone(members, order):
+    shuffled = random.Random(order).sample(list(members.items()), len(members))
+    assert written(dict(shuffled)) == written(members)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(MEMBERS)
 def test_tarfile_reads_what_was_written(members):
     data, spans = written(members)
