@@ -33,7 +33,7 @@ def init(
         write_references(folder / "references", rare, per_class=6, rng_seed=0)
     config = folder / "dataset.yaml"
     config.write_text(
-        text.replace("./references", f"{folder}/references").replace("./out/", f"{folder}/out/")
+        text.replace("./references", f"{folder}/references").replace(f"./out/{template}", f"{folder}/out")
     )
     print(f"{config}\n{folder}/references\n\nnext: seedloom build {config}")
 

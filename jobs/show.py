@@ -89,14 +89,18 @@ def _pictures(store: Any, plan: Any, label: str, rows: int) -> dict[str, list[Im
         if store.exists(reference_name(reference.sha256)):
             found["references"].append(_square(decode(fetch(store, reference.sha256))))
     for stream in (s for s in plan.streams if s.label == label):
+        owed = stream.quota
         for unit in range(stream.max_units):
             judged = account(store, stream, unit)
-            if judged is None or all(len(found[n]) >= wanted[n] for n in ("accepted", "rejected")):
+            if judged is None or owed <= 0:
                 break
             candidates = read_unit(store, plan, stream.id, unit)
             for candidate, outcome in zip(candidates, judged.outcomes, strict=True):
-                if outcome != FAILED:
-                    name = "accepted" if outcome == PASSED else "rejected"
+                if outcome == FAILED or (outcome == PASSED and owed <= 0):
+                    continue  # the latter is surplus
+                owed -= outcome == PASSED
+                name = "accepted" if outcome == PASSED else "rejected"
+                if len(found[name]) < wanted[name]:
                     found[name].append(decode(candidate["image"]))
     return found
 

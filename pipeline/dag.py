@@ -82,7 +82,7 @@ class Dag:
         image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
 
         finite = torch.isfinite(image_B3hw).flatten(1).all(1).tolist()
-        pixels_Bhw3 = images.to_uint8(image_B3hw)
+        pixels_Bhw3 = images.to_uint8(torch.nan_to_num(image_B3hw))
         z_BCHW = z_BCHW.float().cpu()
         made: dict[int, Candidate | CandidateFault] = {}
         for slot, index in enumerate(slots):

@@ -51,7 +51,7 @@ class Units:
     ):
         self.plan, self.streams, self.environments = plan, streams, environments
         self.telemetry = telemetry
-        self.generated = self.generated_bytes = 0
+        self.generated = self.generated_bytes = self._finished = 0
         self.busy_seconds = 0.0
         self._asked: set[tuple[str, int]] = set()
         self._waiting: dict[str, deque[int]] = {s: deque() for s in streams}
@@ -98,7 +98,8 @@ class Units:
         self.busy_seconds += receipt.seconds
         self._refill(task.stream)
         self.telemetry.tallies(tallies(self.plan, self.streams))
-        self.telemetry.advance(1)
+        self._finished += 1
+        self.telemetry.advance(1, self._finished + self.remaining())
 
     def killed(self, task: Task) -> None:
         """A unit that ends workers is taken apart; a candidate that does so alone is a failed one."""

@@ -60,7 +60,8 @@ class StreamPlan:
 
     def key(self, index: int) -> str:
         """The key of a candidate: readable, unique, without dots."""
-        return f"{slug(self.label)}-{slug(self.recipe)}-{index:06d}-{self.id[:8]}"
+        # with the longest extension it must fit the 100 bytes of a tar's name field
+        return f"{slug(self.label, 40)}-{slug(self.recipe, 32)}-{index:06d}-{self.id[:8]}"
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
     chosen = _targets(config, lock)
     classes = tuple(sorted({*lock.classes, *chosen}))
     readable = {label: config.readable(label) for label in classes}
-    if twins := [label for label in classes if list(readable.values()).count(readable[label]) > 1]:
+    named = {readable[label]: label for label in classes}
+    if twins := [label for label in classes if named[readable[label]] != label]:
+        name = readable[twins[0]]
         raise UserError(
-            f"targets: the classes {twins[0]!r} and {twins[1]!r} both read {readable[twins[0]]!r}"
+            f"targets: the classes {twins[0]!r} and {named[name]!r} both read {name!r}; rename one"
         )
     prompts = {label: config.prompt.replace("{class}", readable[label]) for label in classes}
 
@@ -133,6 +136,8 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
                 FilterPlan(settings, _filter_id(settings, models, question, used))
                 for settings in config.filters(target, recipe_name)
             )
+            for f in filters:
+                f.method.check(models, question)
             used |= _model_ids(method_of("refine", recipe.refine), models) if recipe.refine else {}
             streams.append(
                 StreamPlan(

@@ -30,7 +30,9 @@ class Telemetry(Protocol):
         """A phase begins: so many items to do."""
         ...
 
-    def advance(self, items: int) -> None: ...
+    def advance(self, items: int, total: int | None = None) -> None:
+        """So many more are done; `total` when there turned out to be more to do."""
+        ...
 
     def tallies(self, tallies: dict[str, Tally]) -> None:
         """The counts of every target, after something changed."""
@@ -59,8 +61,9 @@ class JsonLines:
         self._name, self._done, self._total = name, 0, total
         self._emit("phase", phase=name, total=total)
 
-    def advance(self, items: int) -> None:
+    def advance(self, items: int, total: int | None = None) -> None:
         self._done += items
+        self._total = total or self._total
         self._emit("progress", phase=self._name, done=self._done, total=self._total)
 
     def tallies(self, tallies: dict[str, Tally]) -> None:
@@ -85,8 +88,9 @@ class PlainLines:
         self._started = self._printed = time.monotonic()
         self.say(f"{name}: {total} to do")
 
-    def advance(self, items: int) -> None:
+    def advance(self, items: int, total: int | None = None) -> None:
         self._done += items
+        self._total = total or self._total
         now = time.monotonic()
         if now - self._printed >= PLAIN_SECONDS or self._done >= self._total:
             self._printed = now
@@ -144,8 +148,8 @@ class Bars:
             self._progress.remove_task(self._phase)
         self._phase = self._progress.add_task(f"[bold]{name}", total=total, note="")
 
-    def advance(self, items: int) -> None:
-        self._progress.advance(self._phase, items)
+    def advance(self, items: int, total: int | None = None) -> None:
+        self._progress.update(self._phase, advance=items, total=total)
         speed = self._progress.tasks[self._progress.task_ids.index(self._phase)].speed
         self._progress.update(self._phase, note=f"{speed:.2f}/s" if speed else "")
 

@@ -68,9 +68,6 @@ class Worker:
         with self._computing():
             self.backbone = load_backbone(plan.config.backbone, self.device)
             self.models = LoadedModels(self.device)
-            for stream in plan.streams:
-                for f in stream.filters:
-                    f.method.check(self.models, stream.question)
         self.dags = {
             name: Dag(plan.config, recipe, self.backbone, self.models)
             for name, recipe in plan.config.recipes.items()

@@ -95,6 +95,10 @@ class Models(Protocol):
 
     def classifier(self, model: str) -> ImageClassifier: ...
 
+    def classes(self, model: str) -> tuple[str, ...]:
+        """What `classifier(model).classes` would be, without loading the weights into memory."""
+        ...
+
     def fingerprint(self, kind: Literal["clip", "classifier"], model: str) -> str:
         """What `clip(model).fingerprint` would be, without loading the weights into memory."""
         ...
@@ -152,9 +156,7 @@ class Invert(Method):
     kind = "invert"
 
     @abstractmethod
-    def __call__(
-        self, backbone: Backbone, image_B3hw: Float[Tensor, "B 3 h w"], prompt: str
-    ) -> Inverted:
+    def __call__(self, backbone: Backbone, image_B3hw: Float[Tensor, "B 3 h w"], prompt: str) -> Inverted:
         """The seeds from which the backbone draws the images, with what was measured of each."""
 
 
@@ -171,9 +173,7 @@ class Combine(Method):
         """Which of `seeds` reference seeds a candidate combines, and how. Needs no model."""
 
     @abstractmethod
-    def __call__(
-        self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float]
-    ) -> Float[Tensor, "C H W"]:
+    def __call__(self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float]) -> Float[Tensor, "C H W"]:
         """One seed from the K parents that `draw` chose, in its order, with its weights."""
 
 
@@ -245,7 +245,10 @@ class Filter(Method):
         """Names of the score columns, all float64."""
 
     def check(self, models: Models, question: Question) -> None:
-        """Raise `UserError` when the question cannot be answered (a class that a classifier lacks)."""
+        """Raise `UserError` when the question cannot be answered (a class that a classifier lacks).
+
+        Is asked when a build is planned, so it must not load weights.
+        """
 
     @abstractmethod
     def score(

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,33 @@ def drawings(tmp_path_factory) -> Path:
 def references(drawings, tmp_path) -> Path:
     """The same, the test's own to change."""
     return shutil.copytree(drawings, tmp_path / "references")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def seedloom(monkeypatch, capsys) -> Callable[..., Ended]:
+    """The command line in this process: `seedloom("plan", path)`. A traceback fails the test."""
+    from jobs.cli import main
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["seedloom", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), out, err)
+
+    return run
 
 
 def make_config(folder: Path, references: Path | None = None, /, **overrides: Any) -> Path:

@@ -67,6 +67,15 @@ def load_classifier(model: str, device: torch.device) -> TimmClassifier:
     return classifier
 
 
+def classifier_classes(model: str) -> tuple[str, ...]:
+    """`load_classifier(model, …).classes`, from the config file alone."""
+    path = _folder(model) / "config.json"
+    try:
+        return tuple(json.loads(path.read_bytes())["classes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"classifier {model}: {path} has no list of classes") from error
+
+
 def classifier_fingerprint(model: str) -> str:
     """`load_classifier(model, …).fingerprint`, from the bytes of the files alone."""
     folder = _folder(model)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from stages.backbones.classifier import classifier_fingerprint, load_classifier
+from stages.backbones.classifier import classifier_classes, classifier_fingerprint, load_classifier
 from stages.backbones.clip import clip_fingerprint, load_clip
 from stages.backbones.device import default_device
 from stages.contract import ClipModel, ImageClassifier
@@ -30,6 +30,9 @@ class LoadedModels:
     def classifier(self, model: str) -> ImageClassifier:
         with self._lock:
             return self._classifier(model)
+
+    def classes(self, model: str) -> tuple[str, ...]:
+        return classifier_classes(model)
 
     def fingerprint(self, kind: Literal["clip", "classifier"], model: str) -> str:
         return clip_fingerprint(model) if kind == "clip" else classifier_fingerprint(model)

@@ -51,7 +51,7 @@ class ClassifierFilter(Filter):
         return ("probability",)
 
     def check(self, models: Models, question: Question) -> None:
-        self._index(models.classifier(self.config.model).classes, question.target)
+        self._index(models.classes(self.config.model), question.target)
 
     def score(
         self, models: Models, image_B3hw: Float[Tensor, "B 3 h w"], question: Question

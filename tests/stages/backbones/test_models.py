@@ -10,5 +10,9 @@ def test_each_model_is_loaded_once_whoever_asks(models):
     assert len(clips) == len(classifiers) == 1
 
 
+def test_classes_are_known_without_loading(models):
+    assert models.classes("tangram") == models.classifier("tangram").classes
+
+
 def test_fingerprints_tell_models_apart(models):
     assert models.fingerprint("clip", "tangram") != models.fingerprint("classifier", "tangram")

@@ -51,7 +51,7 @@ def test_classes_and_folders_that_are_columns(pictures, write, read, tmp_path):
 def test_a_folder_above_the_source_is_no_column(pictures, write, read, tmp_path):
     data = next(iter(pictures.values()))
     write.file(f"{tmp_path}/label=owl/refs/a.parquet", saved({"image": [data]}))
-    with pytest.raises(UserError, match="no column 'label'; it has image$"):
+    with pytest.raises(UserError, match=r"no column 'label'; it has image$"):
         read("parquet", tmp_path / "label=owl" / "refs")
 
 
