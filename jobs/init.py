@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,8 @@ def init(
 
     if template not in TEMPLATES:
         raise UserError(f"--template {template!r}: allowed are {', '.join(TEMPLATES)}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; give a new one")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: exists and is not empty; give a new folder")
     text = files("jobs").joinpath(f"configs/{template}.yaml").read_text()
@@ -32,9 +35,9 @@ def init(
         write_references(folder / "references", common, per_class=30, rng_seed=0)
         write_references(folder / "references", rare, per_class=6, rng_seed=0)
     config = folder / "dataset.yaml"
-    config.write_text(
-        text.replace("./references", f"{folder}/references").replace(f"./out/{template}", f"{folder}/out")
-    )
+    for there, here in (("./references", "references"), (f"./out/{template}", "out")):
+        text = text.replace(there, json.dumps(f"{folder}/{here}", ensure_ascii=False))
+    config.write_text(text)
     print(f"{config}\n{folder}/references\n\nnext: seedloom build {config}")
 
 

@@ -10,7 +10,8 @@ and no row depends on its neighbours or its slot. So a candidate's bytes depend 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ from schemas.ids import random_stream, sha256
 from schemas.records import Combination
 from stages import images
 from stages.contract import Backbone, Models
+
+# Entered for what the device does; what is done with images on the CPU stays outside, so that another thread
+# may have the device meanwhile.
+Computing = Callable[[], AbstractContextManager[None]]
 
 # An image whose values vary less than this (standard deviation, of 255) shows nothing.
 FLAT = 1.0
@@ -67,23 +72,28 @@ class Dag:
         self.generate = method_of("generate", recipe.generate)
 
     def run(
-        self, stream: StreamPlan, materials: Materials, slots: Sequence[int | None]
+        self,
+        stream: StreamPlan,
+        materials: Materials,
+        slots: Sequence[int | None],
+        computing: Computing = nullcontext,
     ) -> dict[int, Candidate | CandidateFault]:
         """Make the candidates in `slots`, one device batch; None is a dummy. Index → candidate or fault."""
         combinations = [self.combination(stream, i) for i in slots]
         seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
-        z_BCHW = torch.stack(seeds).to(self.backbone.device)
-        losses: Sequence[Sequence[float]] = [()] * len(slots)
-        if self.refine is not None:
-            refined = self.refine(
-                self.backbone, self.models, z_BCHW, stream.prompt, self.generate.sampler(), materials.artifact
-            )
-            z_BCHW, losses = refined.z_BCHW, refined.losses
-        image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
+        with computing():
+            z_BCHW = torch.stack(seeds).to(self.backbone.device)
+            losses: Sequence[Sequence[float]] = [()] * len(slots)
+            if self.refine is not None:
+                refined = self.refine(
+                    self.backbone, self.models, z_BCHW, stream.prompt, self.generate.sampler(), materials.artifact
+                )
+                z_BCHW, losses = refined.z_BCHW, refined.losses
+            image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
+            finite = torch.isfinite(image_B3hw).flatten(1).all(1).tolist()
+            pixels_Bhw3 = images.to_uint8(torch.nan_to_num(image_B3hw))
+            z_BCHW = z_BCHW.float().cpu()
 
-        finite = torch.isfinite(image_B3hw).flatten(1).all(1).tolist()
-        pixels_Bhw3 = images.to_uint8(torch.nan_to_num(image_B3hw))
-        z_BCHW = z_BCHW.float().cpu()
         made: dict[int, Candidate | CandidateFault] = {}
         for slot, index in enumerate(slots):
             if index is None:
@@ -129,7 +139,11 @@ class Dag:
 
 
 def score(
-    stream: StreamPlan, models: Models, encoded: Sequence[bytes | None], chosen: Any
+    stream: StreamPlan,
+    models: Models,
+    encoded: Sequence[bytes | None],
+    chosen: Any,
+    computing: Computing = nullcontext,
 ) -> dict[str, list[float | None]]:
     """Scores of a part's images by one filter, computed on the decoded bytes; None for failed candidates."""
     columns: dict[str, list[float | None]] = {name: [] for name in chosen.columns()}
@@ -141,7 +155,8 @@ def score(
         else:
             blank = torch.zeros(3, size[1], size[0])
             image_B3hw = torch.stack([blank if p is None else images.to_tensor(p, min(size)) for p in pixels])
-            scores = chosen.score(models, image_B3hw, stream.question)
+            with computing():
+                scores = chosen.score(models, image_B3hw, stream.question)
         for name, column in columns.items():
             column += [None if p is None else float(s) for p, s in zip(pixels, scores[name], strict=True)]
     return columns

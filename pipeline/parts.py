@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pipeline.select import FAILED, PASSED
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import Damaged, UserError
-from schemas.ids import canonical
+from schemas.ids import canonical, sha256
 from schemas.records import Verdict
 from stages.shard import parquet
 
@@ -56,32 +57,62 @@ def environment(device: str) -> dict[str, str]:
 
 
 def to_parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, metadata: Mapping[str, Any]) -> bytes:
-    """Rows as Parquet bytes, deterministic; `metadata` values are written as canonical JSON."""
-    return parquet.write(rows, schema.with_metadata({k: canonical(v) for k, v in metadata.items()}))
+    """Rows as Parquet bytes, deterministic; `metadata` values are written as canonical JSON.
+
+    Parquet has checksums on its pages, but none on its footer; so the metadata hold one of everything that
+    is not an image. Images are known by their `image_sha256`.
+    """
+    plain = pa.schema([field for field in schema if field.name != "image"])
+    table = pa.Table.from_pylist([{name: row[name] for name in plain.names} for row in rows], plain)
+    written = {k: canonical(v) for k, v in metadata.items()}
+    written["sha256"] = canonical(_digest(table, written))
+    return parquet.write(rows, schema.with_metadata(written))
 
 
-def _open(store: Store, name: str) -> pq.ParquetFile:
-    """A Parquet object for reading some of its columns. Raises `FileNotFoundError` and `Damaged`."""
-    file = store.fs.open(store.path(name), "rb")
+def _digest(table: pa.Table, metadata: Mapping[str, bytes]) -> str:
+    content = [table.to_pylist(), {key: value.decode() for key, value in metadata.items()}]
+    return sha256(json.dumps(content, sort_keys=True).encode())
+
+
+def read_table(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet object of ours, checked; images are read only when asked for.
+
+    Raises `FileNotFoundError`, `Damaged`, and `UserError` for a newer format.
+    """
     try:
-        opened = pq.ParquetFile(file, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise Damaged(f"{store.uri}/{name}: damaged ({error}); remove it and build again") from error
-    version = int((opened.schema_arrow.metadata or {}).get(b"version", b"0"))
+        with (
+            store.fs.open(store.path(name), "rb") as file,
+            pq.ParquetFile(file, page_checksum_verification=True) as parquet_file,
+        ):
+            present = parquet_file.schema_arrow.names
+            plain = parquet_file.read([column for column in present if column != "image"])
+            table = parquet_file.read(columns)
+        metadata = {
+            key.decode(): value for key, value in plain.schema.metadata.items() if key != b"ARROW:schema"
+        }
+        version = json.loads(metadata["version"])
+        if version <= tables.VERSION:
+            if json.loads(metadata.pop("sha256")) != _digest(plain, metadata):
+                raise ValueError("its content does not match the hash that it carries")
+            if "image" in table.column_names:
+                _check_images(table.column("image"), plain.column("image_sha256"))
+    except Exception as error:
+        # what pyarrow raises for damage has no errno; what has one is trouble of the store, not of the object
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Damaged(f"{store.uri}/{name}: damaged ({reason}); remove it and build again") from error
     if version > tables.VERSION:
         raise UserError(
             f"{store.uri}/{name}: written by a newer seedloom (format {version}); upgrade to read it"
         )
-    return opened
+    return table
 
 
-def read_table(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    try:
-        return _open(store, name).read(columns=list(columns) if columns is not None else None)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise Damaged(f"{store.uri}/{name}: damaged ({error}); remove it and build again") from error
+def _check_images(images: pa.ChunkedArray, hashes: pa.ChunkedArray) -> None:
+    for image, digest in zip(images.to_pylist(), hashes.to_pylist(), strict=True):
+        if image is not None and sha256(image) != digest:
+            raise ValueError(f"image {digest} is another one")
 
 
 @dataclass(frozen=True)
@@ -95,19 +126,21 @@ class UnitAccount:
 def account(store: Store, stream: StreamPlan, unit: int) -> UnitAccount | None:
     """Judge a unit from what is committed; None when its part or one of its scores is not there."""
     try:
-        part = _open(store, part_name(stream, unit))
-        scored = [read_table(store, scores_name(stream, f, unit)).to_pylist() for f in stream.filters]
+        part = read_table(store, part_name(stream, unit), ["status"])
+        scored = [
+            read_table(store, scores_name(stream, f, unit), f.method.columns()).to_pylist()
+            for f in stream.filters
+        ]
     except FileNotFoundError:
         return None
-    table = part.read(columns=["status"])
     verdicts = []
-    for place, status in enumerate(table.column("status").to_pylist()):
+    for place, status in enumerate(part.column("status").to_pylist()):
         if status != "ok":
             verdicts.append(FAILED)
             continue
         rows = [rows[place] for rows in scored]
         verdicts.append(next((v.rule for v in judge(stream, rows) if not v.passed), PASSED))
-    return UnitAccount(tuple(verdicts), (part.schema_arrow.metadata or {})[b"environment"].decode())
+    return UnitAccount(tuple(verdicts), part.schema.metadata[b"environment"].decode())
 
 
 def judge(stream: StreamPlan, scores: Sequence[Mapping[str, float]]) -> list[Verdict]:

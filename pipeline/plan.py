@@ -155,7 +155,15 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
                     **ids,
                 )
             )
-    build_id = fingerprint({"config": config.described(), "references": lock.fingerprint, "models": used})
+    made_by = {s.id: [f.id for f in s.filters] for s in streams}  # versions of methods are in these alone
+    build_id = fingerprint(
+        {
+            "config": config.described(),
+            "references": lock.fingerprint,
+            "models": used,
+            "streams": made_by,
+        }
+    )
     return Plan(build_id, config, lock, tuple(streams), classes, dict(sorted(used.items())))
 
 

@@ -7,7 +7,7 @@ while the others encode and commit.
 from __future__ import annotations
 
 import contextlib
-import json
+import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline import pack
@@ -38,6 +36,7 @@ from pipeline.tasks import (
     UnitReceipt,
     UnitTask,
 )
+from pipeline.tensors import read_tensors, to_safetensors
 from schemas import tables
 from schemas.errors import UserError
 from schemas.ids import sha256
@@ -68,11 +67,12 @@ class Worker:
         with self._computing():
             self.backbone = load_backbone(plan.config.backbone, self.device)
             self.models = LoadedModels(self.device)
+            self._compare_models()
         self.dags = {
             name: Dag(plan.config, recipe, self.backbone, self.models)
             for name, recipe in plan.config.recipes.items()
         }
-        self._materials = lru_cache(maxsize=64)(self._load_materials)
+        self.materials = lru_cache(maxsize=64)(self._load_materials)
 
     def run(self, task: Task) -> Receipt:
         """Carry out a task. Raises `UserError` for what a person must mend; others may be tried again."""
@@ -102,6 +102,20 @@ class Worker:
 
     def environment(self) -> dict[str, str]:
         return environment(self.device.type)
+
+    def _compare_models(self) -> None:
+        """Another node may have other files under the same name. Raises `UserError`."""
+        for name, planned in self.plan.models.items():
+            kind: Any
+            kind, _, model = name.partition(" ")
+            here = self.backbone.fingerprint
+            if kind != "backbone":
+                here = self.models.fingerprint(kind, model)
+            if here != planned:
+                raise UserError(
+                    f"{name}: the worker on {platform.node()} has other model files ({here}) than the plan"
+                    f" ({planned}); give all nodes the same, or run again if they just changed"
+                )
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -138,8 +152,7 @@ class Worker:
                     f"reference {reference.origin!r}: its inversion is not finite; remove it, or change"
                     f" recipes.{stream.recipe}.invert"
                 )
-            measures = json.dumps(inverted.measures[row], sort_keys=True)
-            data = save_tensors({"z_CHW": z_BCHW[row].contiguous()}, metadata={"measures": measures})
+            data = to_safetensors({"z_CHW": z_BCHW[row]}, inverted.measures[row])
             self.store.put_new(seed_name(stream.seeds, reference), data)
         return Done(len(references))
 
@@ -150,8 +163,7 @@ class Worker:
             refine = self.dags[stream.recipe].refine
             assert refine is not None
             made = refine.prepare(self.backbone, self.models, image_N3hw.to(self.device))
-        data = save_tensors({name: tensor.cpu().contiguous() for name, tensor in made.items()})
-        self.store.put_new(artifact_name(stream.artifact), data)
+        self.store.put_new(artifact_name(stream.artifact), to_safetensors(made))
         return Done(1)
 
     # --- generate and score ------------------------------------------------------------------------------
@@ -187,15 +199,14 @@ class Worker:
     ) -> dict[int, Candidate | Exception]:
         """Make candidates of one device batch; when it raises, each alone, to learn whose fault it is."""
         batch = batch or alive
-        dag, materials = self.dags[stream.recipe], self._materials(stream.id)
+        dag, materials = self.dags[stream.recipe], self.materials(stream.id)
 
         def run(wanted: set[int]) -> dict[int, Candidate | Exception]:
             # a candidate keeps the slot that it has in the whole unit
             slots: list[int | None] = [None] * stream.batch
             for i in batch:
                 slots[i % stream.batch] = i if i in wanted else None
-            with self._computing():
-                return dict(dag.run(stream, materials, slots))
+            return dict(dag.run(stream, materials, slots, self._computing))
 
         try:
             return run(set(alive)) if alive else {}
@@ -256,8 +267,7 @@ class Worker:
             return
         part = read_table(self.store, part_name(stream, unit), ["index", "image"])
         encoded = part.column("image").to_pylist()
-        with self._computing():
-            columns = score(stream, self.models, encoded, chosen.method)
+        columns = score(stream, self.models, encoded, chosen.method, self._computing)
         rows = [
             {"index": index, **{name: column[place] for name, column in columns.items()}}
             for place, index in enumerate(part.column("index").to_pylist())
@@ -270,10 +280,10 @@ class Worker:
         stream = self.plan.by_id[stream_id]
         seeds = artifact = None
         if stream.seeds is not None:
-            found = [load_tensors(self.store.get(seed_name(stream.seeds, r))) for r in stream.references]
+            found = [read_tensors(self.store, seed_name(stream.seeds, r)) for r in stream.references]
             seeds = torch.stack([tensors["z_CHW"] for tensors in found])
         if stream.artifact is not None:
-            tensors = load_tensors(self.store.get(artifact_name(stream.artifact)))
+            tensors = read_tensors(self.store, artifact_name(stream.artifact))
             artifact = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         return Materials(seeds, artifact or {})
 

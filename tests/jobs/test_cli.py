@@ -242,32 +242,6 @@ def test_the_schema_accepts_the_examples(seedloom):
         jsonschema.validate(yaml.safe_load(path.read_text()), schema)
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "jobs/configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_an_example_runs_in_miniature(seedloom, tmp_path, drawings, example):
-    """Every stage of it, on a small scale."""
-    content = yaml.safe_load(example.read_text())
-    small = [
-        "run.runner=local",
-        f"output={tmp_path}/out",
-        f"references.uri={drawings}",
-        "targets.0.accepted=2",
-    ]
-    small.append("targets.0.attempts=1")
-    for name, chain in content["recipes"].items():
-        small += [f"recipes.{name}.unit=2", f"recipes.{name}.batch=2", f"recipes.{name}.generate.steps=3"]
-        small += [f"recipes.{name}.invert.steps=2"] if "invert" in chain else []
-        small += [f"recipes.{name}.refine.iterations=1"] if "refine" in chain else []
-    arguments = [argument for setting in small for argument in ("--set", setting)]
-    built = seedloom("build", example, *arguments)
-    assert built.code in (0, 3), built.err  # 3: two candidates may well be rejected
-    assert seedloom("verify", tmp_path / "out", "--deep").code == 0
-    status = json.loads(seedloom("status", tmp_path / "out", "--json").out)
-    accounts = [r for t in status["manifest"]["targets"].values() for r in t["recipes"].values()]
-    assert len(status["manifest"]["targets"]) == len(CLASSES)
-    assert sum(account["candidates"] for account in accounts) >= 2 * len(CLASSES)
-    assert seedloom("plan", example, *arguments, "--json").code == 0
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, drawings):
     """A finished build and its config. To be read only."""

@@ -12,13 +12,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset
 import pytest
 from PIL import Image
 
-from stages import images
-from stages.shard import parquet, sample, tar
+from tests.small_build import make_config
 
 Expected = dict[str, tuple[bytes, int]]  # key -> bytes of the image file, class index
 
@@ -107,39 +105,26 @@ def check_pyarrow(shards: Path, expected: Expected) -> None:
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory) -> tuple[Path, Expected]:
-    """Three shards of eleven samples."""
-    shards = tmp_path_factory.mktemp("build") / "shards"
-    shards.mkdir()
-    rng = np.random.default_rng(0)
-    schema = pa.schema(
-        {
-            "key": pa.string(),
-            "class_index": pa.int32(),
-            "score": pa.float64(),
-            "offset": pa.int64(),
-            "length": pa.int64(),
-        }
-    )
+def build(drawings, tmp_path_factory) -> tuple[Path, Expected]:
+    """The shards of a small build, and what its parts hold of the accepted candidates."""
+    from jobs.build import make_runner
+    from pipeline.build import build, resolve, survey
+    from pipeline.config import load
+    from pipeline.parts import part_name, read_table
+    from pipeline.telemetry import telemetry
+
+    folder = tmp_path_factory.mktemp("build")
+    config = load(make_config(folder, drawings, shard={"samples": 5, "window": 2}))
+    result = build(config, telemetry("plain"), make_runner)
+    store, plan = resolve(config)
     expected: Expected = {}
-    for shard in range(3):
-        members: dict[str, bytes] = {}
-        for n in range(11):
-            key, cls = f"{shard:02d}-{n:04d}", (shard + n) % 4
-            data = images.encode(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8), "jpeg", 95)
-            recipe = {"class": f"class {cls}", "score": n / 7, "index": n}
-            members |= sample.members(key, data, "jpeg", cls, f"a photo of a class {cls}", recipe)
-            expected[key] = (data, cls)
-        with open(shards / f"{shard:06d}.tar", "wb") as file:
-            spans = tar.write(file, members)
-        rows = []
-        for n in range(11):
-            key = f"{shard:02d}-{n:04d}"
-            span = spans[f"{key}.jpg"]
-            row = {"key": key, "class_index": expected[key][1], "score": n / 7}
-            rows.append(row | {"offset": span.offset, "length": span.length})
-        (shards / f"{shard:06d}.parquet").write_bytes(parquet.write(rows, schema))
-    return shards, expected
+    for stream_id, selection in survey(store, plan).selections().items():
+        stream = plan.by_id[stream_id]
+        for unit, place in selection.accepted:
+            candidate = read_table(store, part_name(stream, unit)).to_pylist()[place]
+            expected[candidate["key"]] = (candidate["image"], stream.class_index)
+    assert len(expected) == 18
+    return folder / "out" / result.folder / "shards", expected
 
 
 @pytest.fixture(scope="module")
