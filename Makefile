@@ -37,10 +37,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 test test-all: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 lint: venv
 	$(BIN)/ruff check .

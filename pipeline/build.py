@@ -292,7 +292,8 @@ def _recipe_account(stream: StreamPlan, selection: Selection) -> RecipeAccount:
 
 def history(store: Store) -> list[dict[str, Any]]:
     """The complete builds of a store, oldest first."""
-    numbers = sorted(int(name.removesuffix(".json")) for name in store.list("history"))
+    names = (name.removesuffix(".json") for name in store.list("history"))
+    numbers = sorted(int(name) for name in names if name.isdecimal())
     return [unseal(store.get(f"history/{n}.json"), f"{store.uri}/history/{n}.json") for n in numbers]
 
 
@@ -303,7 +304,7 @@ def _record(store: Store, manifest: Manifest) -> None:
         if entries and entries[-1]["build_id"] == manifest.build_id:
             return
         entry = {
-            "number": len(entries) + 1,
+            "number": entries[-1]["number"] + 1 if entries else 1,
             "build_id": manifest.build_id,
             "name": manifest.name,
             "samples": manifest.samples,

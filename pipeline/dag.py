@@ -80,13 +80,14 @@ class Dag:
     ) -> dict[int, Candidate | CandidateFault]:
         """Make the candidates in `slots`, one device batch; None is a dummy. Index → candidate or fault."""
         combinations = [self.combination(stream, i) for i in slots]
-        seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
+        sampler = self.generate.sampler()
         with computing():
+            seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
             z_BCHW = torch.stack(seeds).to(self.backbone.device)
             losses: Sequence[Sequence[float]] = [()] * len(slots)
             if self.refine is not None:
                 refined = self.refine(
-                    self.backbone, self.models, z_BCHW, stream.prompt, self.generate.sampler(), materials.artifact
+                    self.backbone, self.models, z_BCHW, stream.prompt, sampler, materials.artifact
                 )
                 z_BCHW, losses = refined.z_BCHW, refined.losses
             image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
