@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as json_library
+
 import typer
 
 from jobs.build import SHORTFALL, report
@@ -20,6 +22,9 @@ def pack(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> N
         result = repack(config, screen)
     finally:
         screen.close()
+    if not isinstance(result, Result) and json:
+        print(json_library.dumps({"event": "short", "missing": result}))
+        raise typer.Exit(SHORTFALL)
     if not isinstance(result, Result):
         for label, missing in result.items():
             print(f"{label}: short by {missing}")

@@ -161,8 +161,11 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     selections = state.selections()
     short: dict[str, int] = {}
     for stream in plan.streams:
-        if selections[stream.id].unknown:
-            short[stream.label] = short.get(stream.label, 0) + selections[stream.id].missing
+        selection = selections[stream.id]
+        if not selection.final:
+            # what an unknown unit holds decides about all that come after it
+            certain = sum(unit < selection.unknown[0] for unit, _ in selection.accepted)
+            short[stream.label] = short.get(stream.label, 0) + stream.quota - certain
     if short:
         return short
     store.probe()

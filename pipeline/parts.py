@@ -85,17 +85,12 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
             pq.ParquetFile(file, page_checksum_verification=True) as parquet_file,
         ):
             present = parquet_file.schema_arrow.names
-            plain = parquet_file.read([column for column in present if column != "image"])
-            table = parquet_file.read(columns)
-        metadata = {
-            key.decode(): value for key, value in plain.schema.metadata.items() if key != b"ARROW:schema"
-        }
+            whole = columns is None or "image" in columns
+            table = parquet_file.read([name for name in present if whole or name != "image"])
+        metadata = {key.decode(): value for key, value in table.schema.metadata.items()}
         version = json.loads(metadata["version"])
         if version <= tables.VERSION:
-            if json.loads(metadata.pop("sha256")) != _digest(plain, metadata):
-                raise ValueError("its content does not match the hash that it carries")
-            if "image" in table.column_names:
-                _check_images(table.column("image"), plain.column("image_sha256"))
+            _check(table, metadata)
     except Exception as error:
         # what pyarrow raises for damage has no errno; what has one is trouble of the store, not of the object
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
@@ -106,13 +101,19 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
         raise UserError(
             f"{store.uri}/{name}: written by a newer seedloom (format {version}); upgrade to read it"
         )
-    return table
+    return table if columns is None else table.select(columns)
 
 
-def _check_images(images: pa.ChunkedArray, hashes: pa.ChunkedArray) -> None:
-    for image, digest in zip(images.to_pylist(), hashes.to_pylist(), strict=True):
-        if image is not None and sha256(image) != digest:
-            raise ValueError(f"image {digest} is another one")
+def _check(table: pa.Table, metadata: dict[str, bytes]) -> None:
+    """Compare a table with the hashes that it carries. Raises `ValueError`."""
+    plain = table.drop_columns(["image"]) if "image" in table.column_names else table
+    if json.loads(metadata.pop("sha256")) != _digest(plain, metadata):
+        raise ValueError("its content does not match the hash that it carries")
+    if plain is not table:
+        images, hashes = (table.column(name).to_pylist() for name in ("image", "image_sha256"))
+        for image, digest in zip(images, hashes, strict=True):
+            if image is not None and sha256(image) != digest:
+                raise ValueError(f"image {digest} is another one")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from pipeline.telemetry import Tally, Telemetry
 
 # A candidate that raises something else each time is no candidate's fault.
 MAX_SUSPICIONS = 4
+# Nor is a unit's death, when it dies again without those that die alone.
+MAX_DISSECTIONS = 2
 
 
 class ListWork:
@@ -58,6 +60,7 @@ class Units:
         self._turn: deque[str] = deque(streams)
         self._again: deque[Task] = deque()
         self._suspicions: Counter[tuple[str, int]] = Counter()
+        self._dissections: Counter[tuple[str, int]] = Counter()
         self._probes: dict[tuple[str, int], dict[int, str | None]] = {}  # candidate → how it ended
         self._probing: dict[tuple[str, int], set[int]] = {}  # candidates that are still to end
         for stream in streams:
@@ -107,6 +110,12 @@ class Units:
             self._probed(task, "the worker process died while it ran this candidate alone")
             return
         assert isinstance(task, UnitTask)
+        unit = self.plan.by_id[task.stream].name, task.unit
+        self._dissections[unit] += 1
+        if self._dissections[unit] > MAX_DISSECTIONS:
+            raise RuntimeError(
+                f"unit {unit[1]} of {unit[0]} ends its worker, though none of its candidates alone does"
+            )
         size = self.plan.by_id[task.stream].unit
         indices = range(task.unit * size, (task.unit + 1) * size)
         self._probes[task.stream, task.unit] = dict.fromkeys(indices)

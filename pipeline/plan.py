@@ -34,6 +34,10 @@ class FilterPlan:
     def method(self) -> Any:
         return method_of("filter", self.settings)
 
+    def __reduce__(self) -> Any:
+        # without the method: a worker must look it up itself, for only that gives a user's class its name
+        return FilterPlan, (self.settings, self.id)
+
 
 @dataclass(frozen=True)
 class StreamPlan:

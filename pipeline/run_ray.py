@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,30 +62,16 @@ class RayRunner:
         self.restarts = self.retries = 0
 
     def __enter__(self) -> RayRunner:
-        self._own = not ray.is_initialized()
-        if self._own:
-            on_term = signal.getsignal(signal.SIGTERM)
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_term)  # Ray's own would end this process on the spot
-        resources = ray.cluster_resources()
-        gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
-        threads, share = self.settings.threads_per_worker, self.settings.gpus_per_worker
-        if self.settings.workers == "auto":
-            self.workers = max(1, int(gpus / share if gpus else cpus / threads))
-        else:
-            self.workers = self.settings.workers
-        self._options = {
-            "num_gpus": share if gpus else 0,
-            # a GPU actor must not wait for a CPU; CPU actors share what there is
-            "num_cpus": 0 if gpus else min(threads, cpus / self.workers),
-            "max_concurrency": IN_FLIGHT,
-            # OpenMP reads this once, when it starts
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        }
         self._seats: list[_Seat] = []
         self._fruitless = 0  # deaths and failed starts since anything completed
+        self._own = not ray.is_initialized()
         try:
+            if self._own:
+                on_term = signal.getsignal(signal.SIGTERM)
+                ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, on_term)  # Ray's own would end this process on the spot
+            self._options = self._share(ray.cluster_resources())
             self._plan = ray.put(self.plan)
             self._seats = [self._seat() for _ in range(self.workers)]
             # a mistake of the user's shows in any worker: one line, at once
@@ -94,6 +81,28 @@ class RayRunner:
             self.__exit__()
             raise
         return self
+
+    def _share(self, resources: Mapping[str, float]) -> dict[str, Any]:
+        """How many workers there are, and what each takes of the resources."""
+        gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
+        threads, share = self.settings.threads_per_worker, self.settings.gpus_per_worker
+        if gpus and (share > gpus or (share > 1 and share % 1)):
+            raise UserError(
+                f"run.gpus_per_worker: {share:g} given; allowed are a share of one GPU, or a whole number"
+                f" up to the {gpus:g} that there are"
+            )
+        if self.settings.workers == "auto":
+            self.workers = max(1, int(gpus / share if gpus else cpus / threads))
+        else:
+            self.workers = self.settings.workers
+        return {
+            "num_gpus": share if gpus else 0,
+            # a GPU actor must not wait for a CPU; CPU actors share what there is
+            "num_cpus": 0 if gpus else min(threads, cpus / self.workers),
+            "max_concurrency": IN_FLIGHT,
+            # OpenMP reads this once, when it starts
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        }
 
     def __exit__(self, *error: object) -> None:
         for seat in self._seats:
@@ -124,7 +133,8 @@ class RayRunner:
         with contextlib.suppress(Exception):
             ray.kill(seat.actor)  # it may only be out of reach, and still hold its device
         self._fruitless += 1
-        if self._fruitless >= FRUITLESS * self.workers:
+        patience = self.settings.retries + 1 if isinstance(error, RayTaskError) else FRUITLESS
+        if self._fruitless >= patience * self.workers:
             raise RuntimeError(
                 f"{self._fruitless} workers were lost one after another, nothing was done; see the Ray logs"
             ) from error

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 import yaml
 from jaxtyping import Float
 from pydantic import Field
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from schemas.records import Verdict
 from schemas.settings import Settings
-from stages.contract import Backbone, Filter, Models, Question
-from stages.generate.text_to_image import TextToImage
+from stages.contract import Backbone, Filter, Generate, Models, Question
+from stages.sampling import Sampler
 
 CLASSES = ("circle", "gear", "ring")
 
@@ -149,17 +150,37 @@ class OtherHashFilter(HashFilter):
     """Another filter: other scores for the same images."""
 
 
-class Poisoned(TextToImage):
-    """Text-to-image that raises for a share of the seeds, each time again."""
+class Sketch(Generate):
+    """Pictures that are the seeds themselves, enlarged: no network, and each depends on its own row alone."""
 
-    class Config(TextToImage.Config):
-        method: str  # type: ignore[assignment]
+    class Config(Settings):
+        method: str
+
+    def sampler(self) -> Sampler:
+        return Sampler(steps=1, guidance=1.0)
+
+    def __call__(
+        self, backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], prompt: str
+    ) -> Float[Tensor, "B 3 h w"]:
+        return F.interpolate(z_BCHW[:, :3], (backbone.image_size,) * 2).tanh()
+
+
+class Poisoned(Sketch):
+    """The same, but raises for a share of the seeds, each time again."""
+
+    class Config(Settings):
+        method: str
         share: float = 0.2
 
     def __call__(self, backbone: Backbone, z_BCHW: Tensor, prompt: str) -> Tensor:
         if any(fraction(z_CHW.numpy().tobytes()) < self.config.share for z_CHW in z_BCHW):
             raise ValueError("poison")
         return super().__call__(backbone, z_BCHW, prompt)
+
+
+def sketch_recipe(**overrides: Any) -> dict[str, Any]:
+    """Random noise, drawn as it is: next to nothing to compute."""
+    return noise_recipe(generate="tests.small_build:Sketch") | overrides
 
 
 def shard_hashes(manifest: Any) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ machine that grows slower or faster weighs on both alike. In a turn each pool ma
   part to a local folder, reads it back, scores it, commits the scores, and sends a receipt.
 - Bare: plain processes with the same models and the same Dag objects. Each combines, generates, encodes and
   scores its share batch by batch in a `for` loop. No Ray, no driver, no files, no receipts, no retries.
+  They run at the niceness that Ray gives to its workers.
 
 A turn's time runs from its first task to the last result, so both pools pay for workers that wait at the end
 for the slowest. The idle share is the time in which no thread of a Ray worker held the device.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.tasks import Receipt, Task
 
 TARGET = 0.95
+NICENESS = 15  # Ray's for its workers; without it the bare loop would win on a busy machine by priority
 CLASS = "hexagon"
 
 
@@ -266,6 +268,7 @@ def _loop(plan: Plan, uri: str, rank: int, gpu: str, pipe: Connection) -> None:
     from pipeline.dag import in_batches, score
     from pipeline.worker import Worker
 
+    os.nice(NICENESS)
     worker = Worker(plan, uri)
     import torch
 

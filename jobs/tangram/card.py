@@ -126,9 +126,9 @@ def _training(out: Path) -> str:
         lines.append(f"| {part} | {data[part]} | {run['steps']:.0f} | {run['seconds'] / 60:.0f} min |")
     lines += [
         "",
-        f"Hardware: {_processor()}, one thread per part, bf16 autocast, on a machine that had other work as "
-        f"well; torch {torch.__version__.partition('+')[0]}. AdamW, warm-up, constant rate, linear fall over "
-        "the last third; the shipped weights are the moving average.",
+        f"Hardware: {_processor()}, bf16 autocast, one thread per part (two at times for the VAE), on a "
+        f"machine with other work as well; torch {torch.__version__.partition('+')[0]}. AdamW, warm-up, "
+        "constant rate, linear fall over the last third; the shipped weights are the moving average.",
         "",
     ]
     return "\n".join(lines)

@@ -48,7 +48,7 @@ PLANS: dict[str, Plan] = {
         split="judge",
         architecture="dla46_c",
         args={"num_classes": len(CLASSES)},
-        schedule=Schedule(steps=2800, learning_rate=2e-3, average=0.995),
+        schedule=Schedule(steps=1800, learning_rate=2e-3, average=0.995),
         rng_seed=22,
     ),
 }

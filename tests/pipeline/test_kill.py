@@ -19,6 +19,8 @@ from tests.ray_build import (
     users_of,
 )
 
+pytestmark = pytest.mark.timeout(900)  # several builds in a test, on a machine that may be busy
+
 RAY = {"runner": "ray", "workers": 2}
 
 

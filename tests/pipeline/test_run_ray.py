@@ -6,12 +6,15 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.build import named
+from pipeline.build import named, resolve
+from pipeline.config import load
+from pipeline.run_ray import RayRunner
 from pipeline.store import Store
 from schemas.errors import UserError
 from tests.ray_build import (  # noqa: F401  fixture
@@ -29,6 +32,8 @@ from tests.ray_build import (  # noqa: F401  fixture
     traced,
     users_of,
 )
+
+pytestmark = pytest.mark.timeout(900)  # several builds in a test, on a machine that may be busy
 
 
 def rows(output: Path) -> dict[str, dict]:
@@ -139,14 +144,24 @@ def test_a_mistake_in_a_worker_is_one_line(ray_instance, tmp_path):  # noqa: F81
     assert "Traceback" not in err
 
 
-def test_a_mistake_that_shows_when_models_load_is_raised(ray_instance, tmp_path):  # noqa: F811
-    path = small_config(
-        tmp_path, tmp_path / "log", filter=[{"method": "classifier"}],
-        targets=[{"classes": ["wombat"], "accepted": 4}],
-    )  # fmt: skip
-    with pytest.raises(UserError, match="does not know the class 'wombat'"):
-        run_build(path, runner="ray", workers=1)
-    assert not (tmp_path / "out" / "builds").exists()
+def test_a_worker_with_other_model_files_refuses(ray_instance, tmp_path):  # noqa: F811
+    """As on a node where a model folder has another content. A mistake at the start, raised at once."""
+    config = load(small_config(tmp_path, tmp_path / "log", run={"runner": "ray", "workers": 1}))
+    _, plan = resolve(config)
+    other = replace(plan, models={**plan.models, "backbone": "0" * 20})
+    with pytest.raises(UserError, match=r"backbone: the worker on .* has other model files"):
+        RayRunner(other, config.output).__enter__()
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_load_is_replaced(ray_instance, tmp_path):  # noqa: F811
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "fragile-but-in").write_text(str(os.getpid()))
+    run_build(small_config(tmp_path, log), runner="ray", workers=1)
+    assert len(set(traced(log, "load"))) == 2
+    assert run_json(tmp_path / "out")["restarts"] == 1
+    assert named(Store(str(tmp_path / "out"))).samples == 12
 
 
 @pytest.mark.slow

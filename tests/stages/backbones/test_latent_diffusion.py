@@ -61,9 +61,9 @@ def test_an_embedding_made_in_inference_mode_serves_a_gradient(folder):
     backbone = load(folder)
     with torch.inference_mode():
         backbone.embed(["a cat"])
-    z_BCHW = torch.zeros(1, 4, 8, 8).requires_grad_()
-    backbone.predict(z_BCHW, 500, backbone.embed(["a cat"])).sum().backward()
-    assert z_BCHW.grad.abs().sum() > 0
+    strength = torch.tensor(1.0, requires_grad=True)
+    (strength * backbone.embed(["a cat"])).sum().backward()
+    assert strength.grad != 0
 
 
 def test_a_prompt_that_the_model_cannot_read_whole_is_refused(load_tiny):
