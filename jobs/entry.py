@@ -12,6 +12,8 @@ import typer
 
 from schemas.errors import UserError
 
+STOPPED = 130
+
 
 def run(command: Callable[..., Any]) -> None:
     """Entry point of one job as a module: `python -m jobs.build CONFIG`."""
@@ -31,6 +33,10 @@ def guarded(program: Callable[..., Any]) -> None:
     except UserError as error:
         print(f"seedloom: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code == STOPPED:  # what typer makes of a Ctrl-C, without a word
+            print("seedloom: stopped", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("seedloom: stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(STOPPED)

@@ -101,7 +101,7 @@ def noise_of(shape: str, index: int, split: str = "text_to_image") -> torch.Tens
 
 
 @torch.no_grad()
-def paint(tangram: Tangram, prompts: list[str], seeds_BCHW: torch.Tensor) -> torch.Tensor:
+def paint(tangram: Tangram, prompts: list[str], seeds_BCHW: torch.Tensor, steps: int = STEPS) -> torch.Tensor:
     """DDIM with classifier-free guidance: one picture per prompt and seed, uint8 (B, 3, 64, 64)."""
     pictures = []
     for first in range(0, len(prompts), BATCH):
@@ -109,7 +109,7 @@ def paint(tangram: Tangram, prompts: list[str], seeds_BCHW: torch.Tensor) -> tor
         texts = prompts[first : first + BATCH]
         tokens_BL = tokenised(tangram.tokenizer, [""] * len(texts) + texts)
         text_BLD = tangram.text_encoder(tokens_BL).last_hidden_state
-        tangram.scheduler.set_timesteps(STEPS)
+        tangram.scheduler.set_timesteps(steps)
         for t in tangram.scheduler.timesteps:
             free, asked = tangram.unet(torch.cat([z, z]), t, encoder_hidden_states=text_BLD).sample.chunk(2)
             z = tangram.scheduler.step(free + GUIDANCE * (asked - free), t, z).prev_sample

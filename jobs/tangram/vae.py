@@ -61,17 +61,14 @@ def train_vae(checkpoint: Path, *, steps: int | None = None, resume: bool = True
 
 
 @torch.no_grad()
-def standardised(vae: AutoencoderKL) -> AutoencoderKL:
-    """The same autoencoder with latents of mean 0 and variance 1 per channel under scaling_factor.
+def standardised(vae: AutoencoderKL, pixels: torch.Tensor) -> AutoencoderKL:
+    """The same autoencoder, whose latents of `pixels` (N, 3, 64, 64) get mean 0 and variance 1 per channel.
 
     Mean and spread of each channel go into the 1x1 convolutions around the latent, and the common spread
     into scaling_factor, so that diffusers' own convention (latent x scaling_factor) gives unit variance.
     """
     vae.eval()
-    data = long_tail()
-    # The first pictures of each class alone would be mostly circles; a stride takes every class its share.
-    sample = data.pixels[:: len(data.pixels) // 2000]
-    z = torch.cat([vae.encode(to_model(chunk)).latent_dist.mean for chunk in sample.split(100)])
+    z = torch.cat([vae.encode(to_model(chunk)).latent_dist.mean for chunk in pixels.split(100)])
     mean_C, std_C = z.mean((0, 2, 3)), z.std((0, 2, 3))
     common = std_C.log().mean().exp()
     gain_C = common / std_C

@@ -48,7 +48,7 @@ class OpenClip:
 
     def _encode_uncached(self, text: str) -> Tensor:
         """One text at a time, so that its features do not depend on which others are asked for."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return self._model.encode_text(self._tokenizer([text]).to(self._device))
 
 

@@ -186,7 +186,7 @@ class LatentDiffusion:
         return torch.cat([self._embed(prompt) for prompt in prompts])
 
     def _embed_uncached(self, prompt: str) -> Tensor:
-        """One prompt at a time, so that its embedding depends on no other, and usable under autograd."""
+        """One prompt at a time, so that its embedding depends on no other."""
         longest = self._tokenizer.model_max_length
         tokens = self._tokenizer(
             prompt, padding="max_length", max_length=longest, return_tensors="pt"
@@ -195,7 +195,7 @@ class LatentDiffusion:
             raise UserError(
                 f"prompt of {tokens.shape[1]} tokens given, {self._what} reads {longest}: shorten {prompt!r}"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return self._text_encoder(tokens.to(self.device))[0]
 
     def predict(

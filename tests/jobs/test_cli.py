@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.small_build import CLASSES, listing, make_config, noise_recipe, seeds_recipe
+from tests.small_build import listing, make_config, noise_recipe, seeds_recipe
 
 ROOT = Path(__file__).parents[2]
 TARGET = {"classes": ["circle"], "accepted": 6}

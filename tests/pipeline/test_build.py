@@ -22,7 +22,6 @@ from tests.small_build import (
     Sketch,
     listing,
     make_config,
-    noise_recipe,
     parts_of,
     seeds_recipe,
     shard_hashes,

@@ -224,6 +224,27 @@ def test_a_stop_is_clean_and_the_next_run_completes(outputs, references, tmp_pat
     assert packed(output) == packed(outputs["local"][0])
 
 
+def test_a_stop_before_the_build_begins_is_one_line_too(tmp_path):
+    config = tmp_path / "dataset.yaml"
+    os.mkfifo(config)  # reading it takes until somebody has written
+
+    def read_from() -> bool:
+        try:
+            writer.append(os.open(config, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads
+            return False
+        return True
+
+    writer: list[int] = []
+    with short_folder() as folder:
+        driver = Driver(config, folder)
+        driver.when(read_from, "the config was read")
+        driver.process.send_signal(signal.SIGTERM)
+        code, _, err = driver.end()
+    os.close(writer[0])
+    assert (code, err) == (130, "seedloom: stopped\n")
+
+
 def test_json_lines(tmp_path):
     path = small_config(tmp_path, tmp_path / "log")
     with short_folder() as folder:
