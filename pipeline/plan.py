@@ -142,6 +142,8 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
             )
             for f in filters:
                 f.method.check(models, question)
+            if recipe.refine is not None:
+                method_of("refine", recipe.refine).check(method_of("generate", recipe.generate).sampler())
             used |= _model_ids(method_of("refine", recipe.refine), models) if recipe.refine else {}
             streams.append(
                 StreamPlan(

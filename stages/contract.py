@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from stages.sampling import Sampler
-
 
 @dataclass(frozen=True)
 class Resources:
@@ -105,6 +103,14 @@ class Models(Protocol):
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """How images are drawn: DDIM steps, and the scale g of classifier-free guidance (1: none)."""
+
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
 class Inverted:
     """Seeds of a batch of images, with one mapping of measurements an image (see `stages.gaussianity`)."""
 
@@ -179,6 +185,9 @@ class Combine(Method):
 
 class Refine(Method):
     kind = "refine"
+
+    def check(self, sampler: Sampler) -> None:
+        """Raise `UserError` when the method cannot work with this sampler. Asked before anything is made."""
 
     def models(self) -> Mapping[str, str]:
         """The scoring models that the method uses, kind → name, for fingerprints: {"clip": "tangram"}."""

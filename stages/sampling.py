@@ -14,7 +14,6 @@ Shape letters: B batch, C H W latent, L D text tokens and width. ᾱ is `alpha`,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,15 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from schemas.errors import UserError
-from stages.contract import Backbone
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How images are drawn: DDIM steps, and the scale g of classifier-free guidance (1: none)."""
-
-    steps: int
-    guidance: float
+from stages.contract import Backbone, Sampler
 
 
 def timesteps(backbone: Backbone, steps: int) -> list[int]:

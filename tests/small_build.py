@@ -31,8 +31,7 @@ from torch import Tensor
 
 from schemas.records import Verdict
 from schemas.settings import Settings
-from stages.contract import Backbone, Filter, Generate, Models, Question
-from stages.sampling import Sampler
+from stages.contract import Backbone, Filter, Generate, Models, Question, Sampler
 
 CLASSES = ("circle", "gear", "ring")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Generate
-from stages.sampling import Sampler, denoise
+from stages.contract import Backbone, Generate, Sampler
+from stages.sampling import denoise
 
 
 @registry.method("text_to_image")

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Invert, Inverted
+from stages.contract import Backbone, Invert, Inverted, Sampler
 from stages.gaussianity import gaussianity
-from stages.sampling import Sampler, alphas, ddim_step, denoise, predict_guided, timesteps, to_epsilon
+from stages.sampling import alphas, ddim_step, denoise, predict_guided, timesteps, to_epsilon
 
 
 def invert_ddim(

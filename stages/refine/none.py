@@ -10,8 +10,7 @@ from torch import Tensor
 
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Models, Refine, Refined, Resources
-from stages.sampling import Sampler
+from stages.contract import Backbone, Models, Refine, Refined, Resources, Sampler
 
 
 @registry.method("none")

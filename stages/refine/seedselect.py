@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from schemas.errors import UserError
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, ClipModel, Models, Refine, Refined
-from stages.sampling import Sampler, denoise
+from stages.contract import Backbone, ClipModel, Models, Refine, Refined, Sampler
+from stages.sampling import denoise
 
 OMEGA = (0.05, 0.25, 0.7)  # weights of the last three latents
 
@@ -91,6 +91,13 @@ class SeedSelect(Refine):
     def models(self) -> Mapping[str, str]:
         return {"clip": self.config.clip}
 
+    def check(self, sampler: Sampler) -> None:
+        if sampler.steps < len(OMEGA):
+            raise UserError(
+                f"seedselect looks at the last {len(OMEGA)} sampling steps, generate has {sampler.steps}: "
+                f"set generate.steps to at least {len(OMEGA)}"
+            )
+
     def prepare(
         self, backbone: Backbone, models: Models, image_N3hw: Float[Tensor, "N 3 h w"]
     ) -> dict[str, Tensor]:
@@ -113,11 +120,7 @@ class SeedSelect(Refine):
         sampler: Sampler,
         artifact: Mapping[str, Tensor],
     ) -> Refined:
-        if sampler.steps < len(OMEGA):
-            raise UserError(
-                f"seedselect looks at the last {len(OMEGA)} sampling steps, generate has {sampler.steps}: "
-                f"set generate.steps to at least {len(OMEGA)}"
-            )
+        self.check(sampler)
         config, clip = self.config, models.clip(self.config.clip)
         clip_E, latent_CHW = (artifact[key].to(z_BCHW.device) for key in ("clip_E", "latent_CHW"))
 

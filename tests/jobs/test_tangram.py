@@ -220,7 +220,7 @@ def test_diffusers_own_pipeline_paints_with_the_layout():
     pipeline = StableDiffusionPipeline.from_pretrained(TANGRAM, safety_checker=None).to(dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     source = torch.Generator().manual_seed(0)
-    prompt = "a photo of a plain red circle"
+    prompt = "a photo of a red circle"
     options = {"height": 64, "width": 64, "num_inference_steps": 20, "guidance_scale": 3.5}
     picture = pipeline(prompt, generator=source, **options).images[0]
     red, green, blue = np.asarray(picture).reshape(-1, 3).T.astype(float)

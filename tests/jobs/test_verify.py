@@ -45,7 +45,7 @@ def faults(ended) -> list[str]:
     assert ended.code == 1
     assert ended.err == ""
     *lines, last = ended.out.splitlines()
-    assert last == f"{len(lines)} faults" or (last == "1 fault" and len(lines) == 1)
+    assert last == f"{len(lines)} faults"
     return lines
 
 

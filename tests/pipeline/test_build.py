@@ -375,7 +375,8 @@ def test_a_kept_reference_that_is_damaged_is_not_used(tmp_path, seeded):
 
 def test_photographs_far_from_the_models_world(tmp_path, photographs, bad_files, seedloom):
     folder = tmp_path / "photographs"
-    small = sorted(photographs.values(), key=lambda p: (p.stat().st_size, p.name))
+    usable = [p for p in photographs.values() if p.suffix != ".tif"]  # one has planes that Pillow cannot read
+    small = sorted(usable, key=lambda p: (p.stat().st_size, p.name))
     different = list({p.read_bytes(): p for p in small[:12]}.values())[:8]
     for number, photograph in enumerate(different):
         (folder / ("odd", "even")[number % 2]).mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.errors import UserError
-from stages.sampling import Sampler, alphas, ddim_step, denoise, timesteps, to_epsilon, to_x0
+from stages.contract import Sampler
+from stages.sampling import alphas, ddim_step, denoise, timesteps, to_epsilon, to_x0
 
 SCHEDULES = [
     {"prediction_type": prediction, "timestep_spacing": spacing}

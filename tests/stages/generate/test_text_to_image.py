@@ -2,8 +2,8 @@
 
 import torch
 
+from stages.contract import Sampler
 from stages.generate.text_to_image import TextToImage
-from stages.sampling import Sampler
 
 
 def noise(*shape, seed=0):

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.contract import Sampler
 from stages.gaussianity import gaussianity
 from stages.invert.ddim import DdimInversion, invert_ddim, psnr
-from stages.sampling import Sampler, alphas, denoise, timesteps
+from stages.sampling import alphas, denoise, timesteps
 
 
 def noise(*shape, seed=0, dtype=torch.float32):

@@ -2,8 +2,8 @@
 
 import torch
 
+from stages.contract import Sampler
 from stages.refine.none import NoRefinement
-from stages.sampling import Sampler
 
 
 def test_seeds_stay_as_they_are(gaussian_backbone, models):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from schemas.errors import UserError
 from stages.backbones.latent_diffusion import COMPONENTS, LatentDiffusion
 from stages.backbones.models import LoadedModels
+from stages.contract import Sampler
 from stages.refine.seedselect import OMEGA, SeedSelect, seed_loss
-from stages.sampling import Sampler, denoise
+from stages.sampling import denoise
 
 SAMPLER = Sampler(steps=4, guidance=3.0)
 
