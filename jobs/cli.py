@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from jobs import build, init, pack, plan, reproduce, schema, show, status, verify
+from jobs.benchmarks.overhead import overhead
 from jobs.entry import guarded
 from jobs.train_tangram import train_tangram
 
@@ -24,6 +25,10 @@ app.command("show")(show.show)
 app.command("reproduce")(reproduce.reproduce)
 app.command("schema")(schema.schema)
 app.command("train-tangram")(train_tangram)
+
+benchmarks = typer.Typer(help="Measure what the product promises, on this machine.", no_args_is_help=True)
+benchmarks.command("overhead")(overhead)
+app.add_typer(benchmarks, name="benchmark")
 
 
 def main() -> None:
