@@ -249,7 +249,7 @@ class Driver:
             assert self.process.poll() is None, f"the build ended before {what}:\n{self.err.read_text()}"
             return False
 
-        await_that(seen, what, pause=0.001)
+        await_that(seen, what, pause=0.01)
 
     def end(self) -> tuple[int, str, str]:
         """Exit code, standard output, standard error."""

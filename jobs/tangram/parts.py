@@ -82,11 +82,11 @@ def clip_scores(tangram: Tangram, pixels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def reconstruct(tangram: Tangram, pixels: torch.Tensor) -> torch.Tensor:
     """Through the VAE and back: uint8 to uint8."""
-    chunks = [
-        tangram.vae.decode(tangram.vae.encode(to_model(chunk)).latent_dist.mean).sample
-        for chunk in pixels.split(64)
-    ]
-    return to_pixels(torch.cat(chunks))
+    decoded = []
+    for chunk in pixels.split(16):  # small enough for its activations to stay in the cache
+        latent = tangram.vae.encode(to_model(chunk)).latent_dist.mean
+        decoded.append(to_pixels(tangram.vae.decode(latent).sample))
+    return torch.cat(decoded)
 
 
 def to_pixels(x: torch.Tensor) -> torch.Tensor:
@@ -113,5 +113,6 @@ def paint(tangram: Tangram, prompts: list[str], seeds_BCHW: torch.Tensor, steps:
         for t in tangram.scheduler.timesteps:
             free, asked = tangram.unet(torch.cat([z, z]), t, encoder_hidden_states=text_BLD).sample.chunk(2)
             z = tangram.scheduler.step(free + GUIDANCE * (asked - free), t, z).prev_sample
-        pictures.append(to_pixels(tangram.vae.decode(z / tangram.vae.config.scaling_factor).sample))
+        z = z / tangram.vae.config.scaling_factor
+        pictures += [to_pixels(tangram.vae.decode(chunk).sample) for chunk in z.split(16)]
     return torch.cat(pictures)

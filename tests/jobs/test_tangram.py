@@ -230,7 +230,9 @@ def test_diffusers_own_pipeline_paints_with_the_layout():
 def test_the_vae_reconstructs_and_its_latents_are_standard(tangram, held_out):
     assert psnr(held_out.pixels, reconstruct(tangram, held_out.pixels)) >= 30
     with torch.no_grad():
-        z = tangram.vae.encode(to_model(held_out.pixels)).latent_dist.mean * tangram.vae.config.scaling_factor
+        chunks = to_model(held_out.pixels).split(16)
+        z = torch.cat([tangram.vae.encode(chunk).latent_dist.mean for chunk in chunks])
+        z = z * tangram.vae.config.scaling_factor
     assert z.mean((0, 2, 3)).abs().max() < 0.15
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.15
 

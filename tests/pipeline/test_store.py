@@ -20,6 +20,9 @@ from pipeline.store import Store
 from schemas.errors import UserError
 
 
+ROOT = Path(__file__).parents[2]
+
+
 class Overwriting(MemoryFileSystem):
     """A store that takes a conditional write for an ordinary one, as some S3 look-alikes do."""
 
@@ -127,31 +130,32 @@ def test_one_of_many_processes_wins(tmp_path):
     assert all(len(set(Store(str(tmp_path)).get(f"o/{n}"))) == 1 for n in range(40))
 
 
-WRITER = """
+SIZE = 16_000_000  # bytes; large enough for a moment in mid-write to be met
+
+WRITER = f"""
 import sys
 from pipeline.store import Store
 store = Store(sys.argv[1])
-print("ready", flush=True)
-n = 0
-while True:
-    store.put_new(f"o/{n}", n.to_bytes(4, "big") * 500_000)
-    n += 1
+for n in range(1000):
+    store.put_new(f"o/{{n}}", bytes([n % 256]) * {SIZE})
 """
 
 
 def test_kill_9_leaves_no_torn_object(tmp_path):
     for run in range(3):
-        output = tmp_path / str(run)
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(output)], stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            time.sleep(0.05 + 0.03 * run)
+        folder = tmp_path / str(run) / "o"
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(folder.parent)], cwd=ROOT) as writer:
+            deadline = time.monotonic() + 60
+            seen: dict[str, int] = {}  # name → size at first sight: what a crash at that moment would leave
+            while len(seen) < 3 + run and time.monotonic() < deadline:
+                for path in folder.glob("*"):
+                    seen.setdefault(path.name, path.stat().st_size)
             writer.send_signal(signal.SIGKILL)
-        names = sorted(int(p.name) for p in (output / "o").iterdir()) if (output / "o").exists() else []
+        assert set(seen.values()) == {SIZE}
+        names = sorted(int(path.name) for path in folder.iterdir())
         assert names == list(range(len(names)))
-        for n in names:
-            assert (output / "o" / str(n)).read_bytes() == n.to_bytes(4, "big") * 500_000
-        Store(str(output)).put_new(f"o/{len(names)}", b"the next run goes on")
+        assert all((folder / str(n)).read_bytes() == bytes([n]) * SIZE for n in names)
+        assert Store(str(folder.parent)).put_new(f"o/{len(names)}", b"the next run goes on")
 
 
 def test_a_torn_scratch_file_is_no_object(tmp_path, monkeypatch):
