@@ -22,7 +22,8 @@ def plan(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> N
 
 def describe(config: Any) -> dict[str, Any]:
     """The plan as plain data."""
-    from pipeline.build import existing, resolve, survey
+    from pipeline.build import resolve, survey
+    from pipeline.ledger import existing
 
     store, made = resolve(config)
     state = survey(store, made)

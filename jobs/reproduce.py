@@ -19,7 +19,7 @@ def reproduce(
     ] = None,
 ) -> None:
     """Run the device batch of one sample again and say whether its bytes agree. Exit code 1 if not."""
-    from pipeline.build import named, replan
+    from pipeline.ledger import named, replan
     from pipeline.store import Store
     from pipeline.worker import Worker
 

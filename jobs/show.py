@@ -24,7 +24,7 @@ def show(
     rows: Annotated[int, typer.Option(min=1, help="Rows of images for each target.")] = 2,
 ) -> None:
     """Write a contact sheet of a build as a PNG."""
-    from pipeline.build import named, replan
+    from pipeline.ledger import named, replan
     from pipeline.store import Store
 
     store = Store(uri)

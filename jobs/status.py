@@ -7,7 +7,7 @@ from jobs.options import BuildId, Json, Uri
 
 def status(uri: Uri, build: BuildId = None, json: Json = False) -> None:
     """What an output holds: complete builds, builds under way, and the counts of one build."""
-    from pipeline.build import history, named
+    from pipeline.ledger import history, named
     from pipeline.store import Store
 
     store = Store(uri)

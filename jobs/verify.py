@@ -41,7 +41,7 @@ def verify(
 
 def _manifest(store: Any, build_id: str | None) -> tuple[Any, list[str]]:
     """The manifest, checked against the history that recorded its hash."""
-    from pipeline.build import history, named
+    from pipeline.ledger import history, named
     from schemas.errors import Damaged
     from schemas.ids import sha256
     from schemas.sealed import unseal

@@ -8,7 +8,6 @@ config asks for, or finds that there is nothing to do.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -17,13 +16,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import yaml
-
 from pipeline import pack, parts
-from pipeline.config import BuildConfig, parse
+from pipeline.config import BuildConfig
+from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import ListWork, Units, tallies
-from pipeline.plan import Plan, StreamPlan, make_plan
-from pipeline.references import Lock, keep, scan
+from pipeline.plan import Plan, make_plan
+from pipeline.references import keep, scan
 from pipeline.select import Selection, Stream
 from pipeline.store import Store
 from pipeline.tasks import (
@@ -36,11 +34,10 @@ from pipeline.tasks import (
     Task,
 )
 from pipeline.telemetry import Telemetry
-from schemas.errors import Interrupted, UserError
-from schemas.ids import sha256
-from schemas.manifest import Manifest, RecipeAccount, Shard, TargetAccount
+from schemas.errors import Interrupted
+from schemas.manifest import Manifest
 from schemas.records import Reference
-from schemas.sealed import seal, unseal
+from schemas.sealed import seal
 
 
 @dataclass
@@ -88,20 +85,12 @@ def survey(store: Store, plan: Plan) -> State:
     return state
 
 
-def existing(store: Store, plan: Plan) -> Manifest | None:
-    name = f"{plan.build_folder}/manifest.json"
-    try:
-        return Manifest.from_bytes(store.get(name), f"{store.uri}/{name}")
-    except FileNotFoundError:
-        return None
-
-
 def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan, str], Runner]) -> Result:
     """Make the dataset, or what is missing of it. Raises `UserError`, `Interrupted`."""
     started = time.time()
     store, plan = resolve(config)
     if manifest := existing(store, plan):
-        _record(store, manifest)
+        record(store, manifest)
         return Result(manifest, plan.build_folder, made=False)
     store.probe()
     seconds: dict[str, float] = {}
@@ -121,7 +110,7 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         try:
             # the workers are up, so models and config agree: from here on things are written
             keep(config.references, store, plan.used_references())
-            _commit_inputs(store, plan)
+            commit_inputs(store, plan)
             timed("invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan)))
             timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))
             if todo := units.remaining():
@@ -138,7 +127,7 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         raise Interrupted(
             f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to go on"
         ) from None
-    manifest = _finish(store, plan, state, selections, shards)
+    manifest = write_manifest(store, plan, selections, state.environments, shards)
     busy = seconds.get("generate", 0) * runner.workers
     result = Result(
         manifest, plan.build_folder, True, seconds, units.generated,
@@ -155,7 +144,7 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     """
     store, plan = resolve(config)
     if manifest := existing(store, plan):
-        _record(store, manifest)
+        record(store, manifest)
         return Result(manifest, plan.build_folder, made=False)
     state = survey(store, plan)
     selections = state.selections()
@@ -169,14 +158,16 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     if short:
         return short
     store.probe()
-    _commit_inputs(store, plan)
+    commit_inputs(store, plan)
     shards: list[ShardReceipt] = []
     tasks = pack.plan_shards(plan, selections)
     telemetry.phase("pack", sum(len(task.shards) for task in tasks))
     for task in tasks:
         shards += pack.write_shards(store, plan, task)
         telemetry.advance(len(task.shards))
-    return Result(_finish(store, plan, state, selections, shards), plan.build_folder, made=True)
+    return Result(
+        write_manifest(store, plan, selections, state.environments, shards), plan.build_folder, made=True
+    )
 
 
 def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]) -> None:
@@ -235,89 +226,6 @@ def _pack(runner: Runner, telemetry: Telemetry, tasks: list[pack.PackTask]) -> l
     return shards
 
 
-def _inputs(plan: Plan) -> dict[str, bytes]:
-    config = yaml.safe_dump(plan.config.described(), sort_keys=True, allow_unicode=True)
-    return {"config.yaml": config.encode(), "references.lock": plan.lock.to_bytes()}
-
-
-def _commit_inputs(store: Store, plan: Plan) -> None:
-    for name, data in _inputs(plan).items():
-        store.put_new(f"{plan.build_folder}/{name}", data)
-
-
-def _finish(
-    store: Store, plan: Plan, state: State, selections: dict[str, Selection], shards: list[ShardReceipt]
-) -> Manifest:
-    """Write the manifest and enter the build into the history."""
-    used = {
-        state.environments[name][unit]
-        for name, selection in selections.items()
-        for unit in range(selection.units)
-    }
-    references = plan.lock.account()
-    targets: dict[str, dict[str, Any]] = {}
-    for stream in plan.streams:
-        counted = references.get(stream.label, {"admitted": 0, "quarantined": 0})
-        target = targets.setdefault(
-            stream.label,
-            {"class_index": stream.class_index, "prompt": stream.prompt, **counted, "recipes": {}},
-        )
-        target["recipes"][stream.recipe] = _recipe_account(stream, selections[stream.id])
-    manifest = Manifest(
-        build_id=plan.build_id,
-        name=plan.config.name,
-        samples=sum(shard.rows for shard in shards),
-        classes=plan.classes,
-        targets={label: TargetAccount.model_validate(target) for label, target in targets.items()},
-        quarantined={label: n["quarantined"] for label, n in references.items() if n["quarantined"]},
-        shards=tuple(Shard(**vars(shard)) for shard in sorted(shards, key=lambda s: s.name)),
-        files={name: sha256(data) for name, data in _inputs(plan).items()},
-        models=dict(plan.models),
-        environments=tuple(json.loads(e) for e in sorted(used)),
-    )
-    store.put_new(f"{plan.build_folder}/manifest.json", manifest.to_bytes())
-    _record(store, manifest)
-    return manifest
-
-
-def _recipe_account(stream: StreamPlan, selection: Selection) -> RecipeAccount:
-    return RecipeAccount(
-        quota=stream.quota,
-        accepted=len(selection.accepted),
-        candidates=selection.candidates,
-        rejected=dict(selection.rejected),
-        surplus=selection.surplus,
-        failed=selection.failed,
-        missing=selection.missing,
-        exhausted=selection.exhausted,
-    )
-
-
-def history(store: Store) -> list[dict[str, Any]]:
-    """The complete builds of a store, oldest first."""
-    names = (name.removesuffix(".json") for name in store.list("history"))
-    numbers = sorted(int(name) for name in names if name.isdecimal())
-    return [unseal(store.get(f"history/{n}.json"), f"{store.uri}/history/{n}.json") for n in numbers]
-
-
-def _record(store: Store, manifest: Manifest) -> None:
-    """Enter a build into the history unless it is the newest there, and point to it."""
-    while True:
-        entries = history(store)
-        if entries and entries[-1]["build_id"] == manifest.build_id:
-            return
-        entry = {
-            "number": entries[-1]["number"] + 1 if entries else 1,
-            "build_id": manifest.build_id,
-            "name": manifest.name,
-            "samples": manifest.samples,
-            "manifest_sha256": sha256(manifest.to_bytes()),
-        }
-        if store.put_new(f"history/{entry['number']}.json", seal(entry)):
-            store.put("latest.json", seal(entry))
-            return
-
-
 def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started: float) -> None:
     """Times and hosts: what differs between two runs of one build, and nothing else depends on."""
     facts = {
@@ -336,34 +244,3 @@ def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started
         "references": getattr(plan.config.references, "uri", None),
     }
     store.put(f"{plan.build_folder}/run.json", seal(facts))
-
-
-def named(store: Store, build_id: str | None = None) -> Manifest:
-    """The manifest of a build, by default of the newest complete one. Raises `UserError`."""
-    if build_id is None:
-        entries = history(store)
-        if not entries:
-            raise UserError(f"{store.uri}: no complete build there; run `seedloom build` first")
-        build_id = entries[-1]["build_id"]
-    name = f"builds/{build_id}/manifest.json"
-    try:
-        return Manifest.from_bytes(store.get(name), f"{store.uri}/{name}")
-    except FileNotFoundError:
-        known = ", ".join(store.list("builds")) or "none"
-        raise UserError(f"{store.uri}: no complete build {build_id!r}; builds there: {known}") from None
-
-
-def replan(store: Store, manifest: Manifest) -> Plan:
-    """The plan of a complete build, from what is kept with it. Raises `UserError` when it cannot be had."""
-    folder = f"builds/{manifest.build_id}"
-    content = yaml.safe_load(store.get(f"{folder}/config.yaml"))
-    lock = Lock.from_bytes(store.get(f"{folder}/references.lock"), f"{store.uri}/{folder}/references.lock")
-    if content.get("references"):
-        content["references"]["uri"] = "kept-in-the-store"
-    plan = make_plan(parse({**content, "output": store.uri}, f"{folder}/config.yaml"), lock)
-    if plan.build_id != manifest.build_id:
-        raise UserError(
-            f"build {manifest.build_id} was made with other models or methods than the ones here, which would"
-            f" make {plan.build_id}; use the seedloom and model versions of that build"
-        )
-    return plan

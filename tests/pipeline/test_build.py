@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from jobs.build import make_runner
-from pipeline.build import Result, build, history, named, repack
+from pipeline.build import Result, build, repack
 from pipeline.config import load
+from pipeline.ledger import history, named
 from pipeline.store import Store
 from schemas.errors import Interrupted, UserError
 from tests.small_build import (

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.build import named, resolve
+from pipeline.build import resolve
 from pipeline.config import load
+from pipeline.ledger import named
 from pipeline.run_ray import RayRunner
 from pipeline.store import Store
 from schemas.errors import UserError

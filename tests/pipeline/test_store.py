@@ -19,7 +19,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.store import Store
 from schemas.errors import UserError
 
-
 ROOT = Path(__file__).parents[2]
 
 
