@@ -1,4 +1,4 @@
-"""The example configs are what a new user starts from: each must be valid, and build when it is made small."""
+"""The example configs are what a new user starts from: each is valid, and builds when it is made small."""
 
 from __future__ import annotations
 
