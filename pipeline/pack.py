@@ -46,18 +46,18 @@ def shard_name(plan: Plan, name: str, suffix: str) -> str:
 
 
 def write_shards(store: Store, plan: Plan, task: PackTask) -> tuple[ShardReceipt, ...]:
-    """Write the shards of a task that are absent, and give the receipts of all."""
+    """Write the shards of a task that are absent, and give the receipts of all.
+
+    A receipt is of the bytes as they must be, made from the parts, not of what happens to lie there: a shard
+    that an earlier run left, and that was damaged since, is found by `verify`.
+    """
     cache: dict[tuple[str, int], list[dict[str, Any]]] = {}
     receipts = []
     for number, rows in enumerate(task.shards, start=task.first):
         name = f"{number:06d}"
-        try:
-            packed = store.get(shard_name(plan, name, "tar"))
-            table = store.get(shard_name(plan, name, "parquet"))
-        except FileNotFoundError:
-            packed, table = _shard(plan, [_sample(store, plan, cache, row) for row in rows])
-            store.put_new(shard_name(plan, name, "tar"), packed)
-            store.put_new(shard_name(plan, name, "parquet"), table)
+        packed, table = _shard(plan, [_sample(store, plan, cache, row) for row in rows])
+        store.put_new(shard_name(plan, name, "tar"), packed)
+        store.put_new(shard_name(plan, name, "parquet"), table)
         receipts.append(ShardReceipt(name, len(rows), len(packed), sha256(packed), len(table), sha256(table)))
     return tuple(receipts)
 

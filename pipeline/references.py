@@ -79,7 +79,13 @@ def scan(settings: ReadSettings | None, store: Store) -> Lock:
             raise UserError(
                 f"references.lock: no build {settings.lock!r} in {store.uri}; builds there: {known}"
             ) from None
-    admission = admit(method_of("read", settings).items(), settings)
+    try:
+        admission = admit(method_of("read", settings).items(), settings)
+    except OSError as error:
+        raise UserError(
+            f"references.uri: {settings.uri!r} cannot be read ({error}); nothing was decided about its files,"
+            " run the command again when it can"
+        ) from error
     classes: dict[str, list[Reference]] = {}
     for reference in admission.admitted:
         classes.setdefault(reference.label, []).append(reference)
@@ -105,9 +111,8 @@ def keep(settings: ReadSettings | None, store: Store, wanted: Iterable[Reference
             continue
         data = item.read()
         if sha256(data) != reference.sha256:
-            raise UserError(
-                f"reference {item.origin!r} changed while it was being read; run the command again"
-            )
+            advice = "put it back or leave out references.lock" if settings.lock else "run the command again"
+            raise UserError(f"reference {item.origin!r} is not the file that was admitted; {advice}")
         store.put_new(reference_name(reference.sha256), data)
     if absent:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from schemas.errors import UserError
 
 _SCRATCH = ".tmp"
+SCRATCH_SECONDS = 24 * 3600
 
 
 class Store:
@@ -42,6 +44,7 @@ class Store:
         try:
             honoured = self.put_new(name, b"1") and not self.put_new(name, b"2") and self.get(name) == b"1"
             self.fs.rm(self.path(name))
+            self._sweep()
             if self.local:  # a build that is refused later leaves no empty folders behind
                 for folder in (self.path(_SCRATCH), self.root):
                     with contextlib.suppress(OSError):
@@ -121,14 +124,27 @@ class Store:
         return True
 
     def _scratch(self, data: bytes) -> Path:
-        folder = Path(self.root, _SCRATCH)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{os.getpid()}-{uuid.uuid4().hex}"
-        with open(path, "xb") as file:
+        path = Path(self.root, _SCRATCH, f"{os.getpid()}-{uuid.uuid4().hex}")
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                break
+            except FileNotFoundError:  # another process's probe removed the empty folder just then
+                continue
+        with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         return path
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half-written, once it is too old to be anybody's work."""
+        if self.local:
+            for path in Path(self.root, _SCRATCH).glob("*"):
+                with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
+                    if time.time() - path.stat().st_mtime > SCRATCH_SECONDS:
+                        path.unlink()
 
 
 def _reason(error: Exception) -> str:

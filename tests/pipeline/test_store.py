@@ -211,3 +211,16 @@ def test_a_failing_store_gives_one_line():
 def test_an_unknown_kind_of_store_is_refused(uri):
     with pytest.raises(UserError, match="not a usable URI"):
         Store(uri)
+
+
+def test_a_probe_removes_old_scratch_files_and_spares_young_ones(tmp_path):
+    store = Store(str(tmp_path))
+    assert store.put_new("a", b"1")
+    old, young = tmp_path / ".tmp" / "old", tmp_path / ".tmp" / "young"
+    for path in (old, young):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store.probe()
+    assert not old.exists()
+    assert young.read_bytes() == b"half"
