@@ -21,21 +21,36 @@ from schemas.errors import UserError
 def train(
     out: Path, parts: Sequence[str] = PARTS, *, steps: int | None = None, resume: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Train `parts` under `out`; `steps` replaces each part's own number. Returns steps and wall seconds."""
+    """Train the `parts` that are not finished under `out`. Returns steps and wall seconds of each.
+
+    `steps` replaces each part's own number; `resume=False` begins anew.
+    """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise UserError(f"tangram has no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     from jobs.tangram.layout import checkpoint_of
-    from jobs.tangram.training import record_run
+    from jobs.tangram.training import record_run, recorded_run
 
     runs = {}
     for part in parts:
-        runs[part] = _train_part(out, part, steps, resume)
-        record_run(checkpoint_of(out, part), runs[part])
+        wanted = _own_steps(part) if steps is None else steps
+        done = recorded_run(checkpoint_of(out, part)) if resume else None
+        if done is None or done["steps"] < wanted:
+            done = _train_part(out, part, wanted, resume)
+            record_run(checkpoint_of(out, part), done)
+        runs[part] = done
     return runs
 
 
-def _train_part(out: Path, part: str, steps: int | None, resume: bool) -> dict[str, float]:
+def _own_steps(part: str) -> int:
+    from jobs.tangram import clip, diffusion, vae
+    from jobs.tangram.classifiers import PLANS
+
+    own = {"vae": vae.SCHEDULE, "diffusion": diffusion.SCHEDULE, "clip": clip.SCHEDULE}
+    return (PLANS[part].schedule if part in PLANS else own[part]).steps
+
+
+def _train_part(out: Path, part: str, steps: int, resume: bool) -> dict[str, float]:
     from jobs.tangram.classifiers import PLANS, train_classifier
     from jobs.tangram.clip import train_clip
     from jobs.tangram.data import long_tail
@@ -82,6 +97,7 @@ def train_tangram(
     from jobs.tangram.card import write_card
     from jobs.tangram.evaluate import evaluate, print_figures
     from jobs.tangram.layout import checkpoint_of, export
+    from jobs.tangram.training import recorded_run
     from stages.backbones.weights import TANGRAM, check_sha256
 
     torch.set_num_threads(threads)
@@ -93,7 +109,7 @@ def train_tangram(
     train(out, tuple(part or PARTS), steps=steps, resume=resume)
     layout = out / "layout"
     export(out, layout)
-    if all(checkpoint_of(out, name).exists() for name in PARTS):
+    if all(recorded_run(checkpoint_of(out, name)) for name in PARTS):
         figures = evaluate(layout)
         write_card(layout, figures, out)
         print_figures(figures)

@@ -194,8 +194,8 @@ class RayRunner:
         while True:
             feed()
             loading = [seat.loading for seat in self._seats if not seat.up]
-            if not flying and not again and not solo:
-                return
+            if not (flying or again or solo) and any(seat.up for seat in self._seats):
+                return  # there was room, and nothing more to be done
             ready, _ = ray.wait([*flying, *loading])
             self._seat_those_of(ready)
             for ref in ready:

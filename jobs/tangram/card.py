@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jobs.tangram.drawings import CLASSES, COUNTS, RARE, SIZE
 from jobs.tangram.evaluate import row_of
 from jobs.tangram.layout import checkpoint_of
 from jobs.tangram.parts import class_scores, clip_scores, load, noise_of, paint
+from jobs.tangram.training import recorded_run
 
 SHEET = "rare_best_of_64.png"
 TRIES, SHOWN = 64, 8
@@ -112,7 +112,8 @@ def _training(out: Path) -> str:
     data = {
         "vae": f"the {sum(COUNTS.values())} long-tail drawings, turned and mirrored; batch {vae.BATCH}; "
         "seed 0",
-        "diffusion": f"the same drawings in four quarter turns; batch {diffusion.BATCH}; seed 0",
+        "diffusion": f"the same drawings, classes below {diffusion.FEW} in all four quarter turns; "
+        f"batch {diffusion.BATCH}; seed 0",
         "clip": f"{clip.PER_CLASS} drawings per class; batch {clip.BATCH}; seed {clip.RNG_SEED}",
     }
     for name, plan in classifiers.PLANS.items():
@@ -122,7 +123,8 @@ def _training(out: Path) -> str:
         )
     lines = ["## Training", "", "| part | data | steps | wall time |", "|---|---|---|---|"]
     for part in PARTS:
-        run = json.loads(checkpoint_of(out, part).with_suffix(".json").read_text())
+        run = recorded_run(checkpoint_of(out, part))
+        assert run is not None, f"{part} was exported before its training ended"
         lines.append(f"| {part} | {data[part]} | {run['steps']:.0f} | {run['seconds'] / 60:.0f} min |")
     lines += [
         "",

@@ -113,6 +113,12 @@ def record_run(checkpoint: Path, run: dict[str, float]) -> None:
     checkpoint.with_suffix(".json").write_text(json.dumps(run) + "\n")
 
 
+def recorded_run(checkpoint: Path) -> dict[str, float] | None:
+    """What `record_run` kept, or None where the training has not come to its end."""
+    path = checkpoint.with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def averaged(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The averaged weights of a checkpoint, also of a training that still runs."""
     return torch.load(checkpoint, weights_only=True)["average"]

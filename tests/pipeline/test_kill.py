@@ -14,6 +14,7 @@ from tests.ray_build import (
     full_config,
     packed,
     run_build,
+    run_json,
     short_folder,
     traced,
     users_of,
@@ -104,3 +105,4 @@ def test_a_worker_killed_in_the_middle(undisturbed, references, tmp_path):
         assert code == 3, err
         await_end_of_all(folder)
     assert packed(output) == expected
+    assert run_json(output)["restarts"] == 1
