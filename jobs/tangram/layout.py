@@ -74,6 +74,7 @@ def replace_files(fresh: Path, folder: Path) -> None:
         if path.is_file():
             target = folder / path.relative_to(fresh)
             target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)  # safetensors writes for the owner alone; a wheel would keep that
             os.replace(path, target)
     shutil.rmtree(fresh)
     write_sums(folder)
