@@ -27,9 +27,7 @@ def slots(shares: Mapping[str, float], quota: int) -> list[str]:
     smooth round-robin can be off by more than one image from four recipes on.) Ties go to the name that
     sorts first; shares are taken as the decimal numbers that a person wrote.
     """
-    exact = {name: Fraction(str(shares[name])) for name in sorted(shares)}
-    scale = math.lcm(*(share.denominator for share in exact.values()))
-    whole = {name: int(share * scale) for name, share in exact.items()}
+    whole = _whole(shares)
     total, counts, order = sum(whole.values()), dict.fromkeys(whole, 0), []
     for number in range(1, quota + 1):
         due = [name for name in whole if counts[name] * total < number * whole[name]]
@@ -41,8 +39,19 @@ def slots(shares: Mapping[str, float], quota: int) -> list[str]:
 
 def stream_quotas(shares: Mapping[str, float], quota: int) -> dict[str, int]:
     """How many accepted images each recipe owes; none takes over what another fails to deliver."""
-    counts = Counter(slots(shares, quota))
-    return {name: counts[name] for name in shares}
+    whole = _whole(shares)
+    cycles, rest = divmod(quota, sum(whole.values()))  # after a cycle the shares hold exactly, and it repeats
+    counts = Counter(slots(shares, rest))
+    return {name: cycles * whole[name] + counts[name] for name in shares}
+
+
+def _whole(shares: Mapping[str, float]) -> dict[str, int]:
+    """The shares as the smallest whole numbers of the same proportions, in the order of the names."""
+    exact = {name: Fraction(str(shares[name])) for name in sorted(shares)}
+    scale = math.lcm(*(share.denominator for share in exact.values()))
+    scaled = {name: int(share * scale) for name, share in exact.items()}
+    common = math.gcd(*scaled.values())
+    return {name: share // common for name, share in scaled.items()}
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _config(folder: Path, workers: int, gpus: int, steps: int) -> dict[str, Any]
                 "generate": {"method": "text_to_image", "steps": steps, "guidance": 4.0},
             }
         },
-        "targets": [{"classes": [CLASS], "accepted": 10**9, "attempts": 1}],
+        "targets": [{"classes": [CLASS], "accepted": 1}],
         "filter": [{"method": "clip", "margin": 0.0}],
         "run": {"workers": workers, "gpus_per_worker": min(1.0, gpus / workers) if gpus else 1},
     }

@@ -160,3 +160,15 @@ def test_an_unknown_unit_leaves_a_selection_open():
     assert selection.unknown == (0, 2, 3)
     assert not selection.exhausted  # there is still hope
     assert stream.needed() == [0]  # units 0 and 1 may hold all three
+
+
+@given(
+    shares=st.dictionaries(st.sampled_from("abcd"), st.integers(1, 9), min_size=1), quota=st.integers(0, 200)
+)
+def test_quotas_are_the_counts_of_the_slots(shares, quota):
+    order = slots(shares, quota)
+    assert stream_quotas(shares, quota) == {name: order.count(name) for name in shares}
+
+
+def test_quotas_of_a_billion_images_take_no_time():
+    assert stream_quotas({"a": 0.75, "b": 0.25}, 10**9) == {"a": 750_000_000, "b": 250_000_000}
