@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from pipeline.tasks import Receipt, Task, UnitTask, Work
 from schemas.errors import UserError
 
 IN_FLIGHT = 2
+# Seconds that a second try waits for another worker to come up, while nothing else is to be done.
+PATIENCE = 60.0
 # Lost or failed actors per worker, one after another, before anything completes: another will not do better.
 FRUITLESS = 8
 
@@ -155,7 +158,10 @@ class RayRunner:
             last_seat[identity(task)] = seat
             flying[seat.actor.run.remote(task)] = (task, seat)
 
+        lonely_since: float | None = None  # when only an actor that failed before was left for a second try
+
         def feed() -> None:
+            nonlocal lonely_since
             ours = [s for s in self._seats if s.up and not s.alone]
             ours.sort(key=lambda s: len(s.tasks))
             while solo and ours and not ours[0].tasks:
@@ -169,8 +175,13 @@ class RayRunner:
                     start(task, min(others, key=lambda s: len(s.tasks)))
                 else:
                     waiting.append(task)
-            if waiting and not flying:  # the others may never come up
-                start(waiting.pop(0), ours[0])
+            if not waiting or flying:
+                lonely_since = None
+            else:
+                lonely_since = lonely_since or time.monotonic()
+                others_up = all(s.up for s in self._seats)
+                if others_up or time.monotonic() - lonely_since > PATIENCE:  # they may never come up
+                    start(waiting.pop(0), ours[0])
             again.extend(waiting)
 
         def next_task() -> Task | None:
@@ -196,7 +207,7 @@ class RayRunner:
             loading = [seat.loading for seat in self._seats if not seat.up]
             if not (flying or again or solo) and any(seat.up for seat in self._seats):
                 return  # there was room, and nothing more to be done
-            ready, _ = ray.wait([*flying, *loading])
+            ready, _ = ray.wait([*flying, *loading], timeout=PATIENCE)
             self._seat_those_of(ready)
             for ref in ready:
                 if ref not in flying:

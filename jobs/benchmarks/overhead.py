@@ -44,7 +44,7 @@ CLASS = "hexagon"
 def overhead(
     minutes: Annotated[float, typer.Option(help="Measured time of each of the two, in minutes.")] = 5.0,
     workers: Annotated[int, typer.Option(help="Workers of each pool; 0: one for each core or GPU.")] = 0,
-    turns: Annotated[int, typer.Option(min=2, help="Into so many turns the time of each is cut.")] = 10,
+    turns: Annotated[int, typer.Option(min=2, help="Into so many turns the time of each is cut.")] = 6,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps of an image; fewer make overhead show.")] = 20,
     out: Annotated[Path, typer.Option(help="Where the figures are written as JSON.")] = Path("overhead.json"),
 ) -> None:
