@@ -55,7 +55,7 @@ def write_shards(store: Store, plan: Plan, task: PackTask) -> tuple[ShardReceipt
     receipts = []
     for number, rows in enumerate(task.shards, start=task.first):
         name = f"{number:06d}"
-        packed, table = _shard(plan, [_sample(store, plan, cache, row) for row in rows])
+        packed, table = _shard(plan, name, [_sample(store, plan, cache, row) for row in rows])
         store.put_new(shard_name(plan, name, "tar"), packed)
         store.put_new(shard_name(plan, name, "parquet"), table)
         receipts.append(ShardReceipt(name, len(rows), len(packed), sha256(packed), len(table), sha256(table)))
@@ -88,12 +88,13 @@ def read_unit(store: Store, plan: Plan, stream_id: str, unit: int) -> list[dict[
     return candidates
 
 
-def _shard(plan: Plan, samples: Sequence[dict[str, Any]]) -> tuple[bytes, bytes]:
+def _shard(plan: Plan, name: str, samples: Sequence[dict[str, Any]]) -> tuple[bytes, bytes]:
     """The bytes of a tar and of the Parquet beside it."""
     schema = tables.samples(plan.score_names)
     members: dict[str, bytes] = {}
     for s in samples:
-        recipe = {name: s[name] for name in ("class", "recipe", "stream", "unit", "index", "image_sha256")}
+        described = ("class", "recipe", "stream", "unit", "index", "image_sha256")
+        recipe = {column: s[column] for column in described}
         image = plan.config.shard.image
         members |= sample.members(s["key"], s["image"], image, s["class_index"], s["prompt"], recipe)
     buffer = io.BytesIO()
@@ -101,8 +102,9 @@ def _shard(plan: Plan, samples: Sequence[dict[str, Any]]) -> tuple[bytes, bytes]
     rows = []
     for s in samples:
         member = f"{s['key']}.{sample.EXTENSIONS[plan.config.shard.image]}"
-        place = {"member": member, "offset": spans[member].offset, "length": spans[member].length}
-        rows.append({name: (s | place)[name] for name in schema.names})
+        span = spans[member]
+        place = {"shard": name, "member": member, "offset": span.offset, "length": span.length}
+        rows.append({column: (s | place)[column] for column in schema.names})
     rows.sort(key=lambda row: row["offset"])
     metadata = {"version": tables.VERSION, "build": plan.build_id}
     return buffer.getvalue(), to_parquet(rows, schema, metadata)

@@ -67,6 +67,7 @@ def samples(score_names: Sequence[str]) -> pa.Schema:
             *_RECIPE,
             *[pa.field(name, pa.float64()) for name in sorted(score_names)],
             *_IMAGE,
+            pa.field("shard", pa.string(), nullable=False),  # "000123": of 000123.tar
             pa.field("member", pa.string(), nullable=False),  # name in the tar
             pa.field("offset", pa.int64(), nullable=False),  # of the image's first byte in the tar
             pa.field("length", pa.int64(), nullable=False),  # bytes

@@ -97,7 +97,9 @@ def check_pyarrow(shards: Path, expected: Expected) -> None:
         key: cls for key, (_, cls) in expected.items()
     }
     for path in sorted(shards.glob("*.parquet")):
-        rows = pyarrow.dataset.dataset(str(path)).to_table(["key", "offset", "length"]).to_pylist()
+        table = pyarrow.dataset.dataset(str(path)).to_table(["key", "shard", "offset", "length"])
+        rows = table.to_pylist()
+        assert {row["shard"] for row in rows} == {path.stem}
         with open(path.with_suffix(".tar"), "rb") as file:
             for row in rows:
                 file.seek(row["offset"])
