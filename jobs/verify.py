@@ -71,7 +71,7 @@ def _manifest(store: Any, build_id: str | None) -> tuple[Any, list[str]]:
 def _faults(store: Any, manifest: Any, deep: bool) -> Iterator[str]:
     folder = f"builds/{manifest.build_id}"
     for name, digest in manifest.files.items():
-        yield from _hashed(store, f"{folder}/{name}", digest)
+        yield from _read(store, f"{folder}/{name}", digest)[1]
     named = {f"{s.name}.{suffix}" for s in manifest.shards for suffix in ("tar", "parquet")}
     for extra in sorted(set(store.list(f"{folder}/shards")) - named):
         yield f"{folder}/shards/{extra}: is not in the manifest"
@@ -79,16 +79,13 @@ def _faults(store: Any, manifest: Any, deep: bool) -> Iterator[str]:
     rows = 0
     for shard in manifest.shards:
         base = f"{folder}/shards/{shard.name}"
-        faults = [
-            *_hashed(store, f"{base}.tar", shard.tar_sha256),
-            *_hashed(store, f"{base}.parquet", shard.parquet_sha256),
-        ]
+        tar, tar_faults = _read(store, f"{base}.tar", shard.tar_sha256)
+        parquet, parquet_faults = _read(store, f"{base}.parquet", shard.parquet_sha256)
+        faults = tar_faults + parquet_faults
         yield from faults
         rows += shard.rows
         if not faults:  # a damaged file is named once, not for each thing in it that is wrong
-            yield from _parity(
-                store.get(f"{base}.tar"), store.get(f"{base}.parquet"), shard, base, keys, deep
-            )
+            yield from _parity(tar, parquet, shard, base, keys, deep)
     accepted = sum(r.accepted for t in manifest.targets.values() for r in t.recipes.values())
     if not rows == manifest.samples == accepted:
         yield f"{folder}/manifest.json: {rows} rows, {manifest.samples} samples, {accepted} accepted"
@@ -98,16 +95,15 @@ def _faults(store: Any, manifest: Any, deep: bool) -> Iterator[str]:
                 yield f"{folder}/manifest.json: the candidates of {label} / {name} do not add up"
 
 
-def _hashed(store: Any, name: str, digest: str) -> Iterator[str]:
+def _read(store: Any, name: str, digest: str) -> tuple[bytes, list[str]]:
+    """The bytes of a file, read once, and what is wrong with them."""
     from schemas.ids import sha256
 
     try:
         data = store.get(name)
     except FileNotFoundError:
-        yield f"{name}: is missing"
-        return
-    if sha256(data) != digest:
-        yield f"{name}: its hash is not the one in the manifest"
+        return b"", [f"{name}: is missing"]
+    return data, [] if sha256(data) == digest else [f"{name}: its hash is not the one in the manifest"]
 
 
 def _parity(tar: bytes, parquet: bytes, shard: Any, base: str, keys: set[str], deep: bool) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
-from pipeline.plan import Plan, StreamPlan
-from pipeline.select import FAILED, PASSED, Stream
+from pipeline.plan import Plan
+from pipeline.select import Stream
 from pipeline.tasks import (
     InvertTask,
     ProbeTask,
@@ -151,9 +151,3 @@ def tallies(plan: Plan, streams: dict[str, Stream]) -> dict[str, Tally]:
         tally.rejected += sum(selection.rejected.values())
         tally.failed += selection.failed
     return found
-
-
-def outcome_counts(stream: StreamPlan, state: Stream) -> Counter[str]:
-    """Passed, failed and each rule, over everything known of a stream."""
-    counts = Counter(outcome for outcomes in state.outcomes.values() for outcome in outcomes)
-    return Counter({PASSED: counts[PASSED], FAILED: counts[FAILED]} | counts)
