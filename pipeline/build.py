@@ -22,14 +22,17 @@ from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import ListWork, Units, tallies
 from pipeline.plan import Plan, make_plan
 from pipeline.references import keep, scan
+from pipeline.seeds import assess, load_seeds, remark, seed_name
 from pipeline.select import Selection, Stream
 from pipeline.store import Store
 from pipeline.tasks import (
+    AssessTask,
     Done,
     InvertTask,
     PrepareTask,
     Receipt,
     Runner,
+    SeedsReceipt,
     ShardReceipt,
     Task,
 )
@@ -112,6 +115,7 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
             keep(config.references, store, plan.used_references())
             commit_inputs(store, plan)
             timed("invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan)))
+            seeds = timed("assess", lambda: _assess(runner, telemetry, plan))
             timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))
             if todo := units.remaining():
                 telemetry.phase("generate", todo)
@@ -127,7 +131,7 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         raise Interrupted(
             f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to go on"
         ) from None
-    manifest = write_manifest(store, plan, selections, state.environments, shards)
+    manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
     busy = seconds.get("generate", 0) * runner.workers
     result = Result(
         manifest, plan.build_folder, True, seconds, units.generated,
@@ -165,9 +169,9 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     for task in tasks:
         shards += pack.write_shards(store, plan, task)
         telemetry.advance(len(task.shards))
-    return Result(
-        write_manifest(store, plan, selections, state.environments, shards), plan.build_folder, made=True
-    )
+    seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in plan.streams if s.seeds}
+    manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
+    return Result(manifest, plan.build_folder, made=True)
 
 
 def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]) -> None:
@@ -183,10 +187,24 @@ def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]
     runner.run(ListWork(tasks, received))
 
 
+def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceipt]:
+    """What there is to know of the seeds of every stream that combines some."""
+    found: dict[str, SeedsReceipt] = {}
+
+    def received(task: Task, receipt: Receipt) -> None:
+        assert isinstance(task, AssessTask)
+        assert isinstance(receipt, SeedsReceipt)
+        found[task.stream] = receipt
+
+    runner.run(ListWork([AssessTask(s.id) for s in plan.streams if s.seeds], received))
+    for stream in plan.streams:
+        if stream.id in found and (text := remark(stream.name, found[stream.id])):
+            telemetry.say(text)
+    return found
+
+
 def _inversions(store: Store, plan: Plan) -> list[Task]:
     """Device batches of references whose seeds are missing; one image is inverted once per prompt."""
-    from pipeline.worker import seed_name
-
     tasks: list[Task] = []
     seen: set[str] = set()
     for stream in plan.streams:

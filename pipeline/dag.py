@@ -21,11 +21,12 @@ from torch import Tensor
 
 from pipeline.config import BuildConfig, Recipe, method_of
 from pipeline.plan import StreamPlan
+from pipeline.seeds import Seeds
 from schemas.errors import UserError
 from schemas.ids import random_stream, sha256
-from schemas.records import Combination
+from schemas.records import Combination, Reference
 from stages import images
-from stages.contract import Backbone, Models
+from stages.contract import Backbone, Chance, Models, has_artifact
 
 # Entered for what the device does; what is done with images on the CPU stays outside, so that another thread
 # may have the device meanwhile.
@@ -48,6 +49,8 @@ class Candidate:
     width: int
     height: int
     combination: Combination | None
+    combined_norm: float | None  # |z|/√d of the seed as it was combined, before it is refined
+    parents_cosine: float | None  # mean over pairs of the combined seeds: 0 when they are independent
     losses: Sequence[float]
     seed_sha256: str
     seed_norm: float
@@ -57,8 +60,8 @@ class Candidate:
 class Materials:
     """What the candidates of a stream are made from."""
 
-    seeds_KCHW: Tensor | None  # reference seeds, in the order of the stream's references
-    artifact: Mapping[str, Tensor]
+    seeds: Seeds | None
+    artifacts: Mapping[str, Mapping[str, Tensor]]  # kind of stage → its class artifact
 
 
 class Dag:
@@ -79,15 +82,21 @@ class Dag:
         computing: Computing = nullcontext,
     ) -> dict[int, Candidate | CandidateFault]:
         """Make the candidates in `slots`, one device batch; None is a dummy. Index → candidate or fault."""
-        combinations = [self.combination(stream, i) for i in slots]
+        combinations = [self.combination(stream, materials, i) for i in slots]
         sampler = self.generate.sampler()
         with computing():
             seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
             z_BCHW = torch.stack(seeds).to(self.backbone.device)
+            combined_norm = [norm_ratio(z_CHW) for z_CHW in seeds]
             losses: Sequence[Sequence[float]] = [()] * len(slots)
             if self.refine is not None:
                 refined = self.refine(
-                    self.backbone, self.models, z_BCHW, stream.prompt, sampler, materials.artifact
+                    self.backbone,
+                    self.models,
+                    z_BCHW,
+                    stream.prompt,
+                    sampler,
+                    materials.artifacts.get("refine", {}),
                 )
                 z_BCHW, losses = refined.z_BCHW, refined.losses
             image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
@@ -104,39 +113,80 @@ class Dag:
             elif (deviation := float(pixels_Bhw3[slot].std())) < FLAT:
                 made[index] = CandidateFault(f"the image is flat (deviation {deviation:.2f} < {FLAT} of 255)")
             else:
-                z_CHW = z_BCHW[slot].contiguous()
+                z_CHW, chosen, known = z_BCHW[slot].contiguous(), combinations[slot], materials.seeds
                 made[index] = Candidate(
                     index=index,
                     image=images.encode(pixels_Bhw3[slot], self.encoding.image, self.encoding.quality),
                     width=pixels_Bhw3.shape[2],
                     height=pixels_Bhw3.shape[1],
-                    combination=combinations[slot],
+                    combination=chosen,
+                    combined_norm=combined_norm[slot] if chosen else None,
+                    parents_cosine=known.correlation(chosen.parents) if chosen and known else None,
                     losses=losses[slot],
                     seed_sha256=sha256(z_CHW.numpy().tobytes()),
-                    seed_norm=float(z_CHW.double().norm() / z_CHW.numel() ** 0.5),
+                    seed_norm=norm_ratio(z_CHW),
                 )
         return made
 
-    def combination(self, stream: StreamPlan, index: int | None) -> Combination | None:
+    def prepare(
+        self, stream: StreamPlan, read: Callable[[Sequence[Reference]], Tensor], seeds: Seeds | None
+    ) -> dict[str, Tensor]:
+        """The class artifact, "kind.name" → tensor: what combine and refine make once from the references."""
+        made: dict[str, Tensor] = {}
+        if self.combine is not None and has_artifact(self.combine):
+            assert seeds is not None
+            image_N3hw = read(seeds.references)
+            found = self.combine.prepare(self._inverter(stream), image_N3hw, seeds.z_KCHW)
+            made |= {f"combine.{name}": tensor for name, tensor in found.items()}
+        if self.refine is not None and has_artifact(self.refine):
+            image_N3hw = read(stream.references).to(self.backbone.device)
+            found = self.refine.prepare(self.backbone, self.models, image_N3hw)
+            made |= {f"refine.{name}": tensor for name, tensor in found.items()}
+        return made
+
+    def _inverter(self, stream: StreamPlan) -> Callable[[Tensor], Tensor]:
+        """Inverts any number of images as the recipe inverts its references, in its device batches."""
+        assert self.recipe.invert is not None  # Recipe fills it in
+        invert = method_of("invert", self.recipe.invert)
+
+        def run(image_N3hw: Tensor) -> Tensor:
+            latents = []
+            for batch in image_N3hw.split(stream.batch):
+                padding = torch.zeros(stream.batch - len(batch), *batch.shape[1:])
+                image_B3hw = torch.cat([batch, padding]).to(self.backbone.device)
+                z_BCHW = invert(self.backbone, image_B3hw, stream.prompt).z_BCHW
+                latents.append(z_BCHW[: len(batch)].float().cpu())
+            return torch.cat(latents)
+
+        return run
+
+    def combination(self, stream: StreamPlan, materials: Materials, index: int | None) -> Combination | None:
         """Which reference seeds candidate `index` combines; None for noise and dummies."""
         if self.combine is None or index is None:
             return None
-        rng = random_stream(self.rng_seed, "combine", stream.label, stream.recipe, index)
-        return self.combine.draw(rng, len(stream.references))
+        assert materials.seeds is not None
+        chance = Chance(index, (self.rng_seed, "combine", stream.label, stream.recipe))
+        return self.combine.draw(chance, len(materials.seeds.references))
 
     def seed(
         self, stream: StreamPlan, materials: Materials, index: int | None, chosen: Combination | None
     ) -> Tensor:
         """z_T of a candidate, float32 (C, H, W) on the CPU."""
         if chosen is not None:
-            assert materials.seeds_KCHW is not None
+            assert materials.seeds is not None
             assert self.combine is not None
-            return self.combine(materials.seeds_KCHW[list(chosen.parents)], chosen.weights).float()
+            z_KCHW = materials.seeds.z_KCHW[list(chosen.parents)]
+            return self.combine(z_KCHW, chosen.weights, materials.artifacts.get("combine", {})).float()
         identity = (
             ("dummy",) if index is None else (self.rng_seed, "noise", stream.label, stream.recipe, index)
         )
         noise = random_stream(*identity).standard_normal(self.backbone.latent_shape, dtype=np.float32)
         return torch.from_numpy(noise)
+
+
+def norm_ratio(z_CHW: Tensor) -> float:
+    """|z| / √d: 1 for typical noise."""
+    return float(z_CHW.double().norm() / z_CHW.numel() ** 0.5)
 
 
 def score(

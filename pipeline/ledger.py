@@ -18,10 +18,10 @@ from pipeline.plan import Plan, StreamPlan, make_plan
 from pipeline.references import Lock
 from pipeline.select import Selection
 from pipeline.store import Store
-from pipeline.tasks import ShardReceipt
+from pipeline.tasks import SeedsReceipt, ShardReceipt
 from schemas.errors import UserError
 from schemas.ids import sha256
-from schemas.manifest import Manifest, RecipeAccount, Shard, TargetAccount
+from schemas.manifest import Manifest, RecipeAccount, SeedsAccount, Shard, TargetAccount
 from schemas.sealed import seal, unseal
 
 
@@ -41,6 +41,7 @@ def write_manifest(
     plan: Plan,
     selections: Mapping[str, Selection],
     environments: Mapping[str, Mapping[int, str]],
+    seeds: Mapping[str, SeedsReceipt],
     shards: Sequence[ShardReceipt],
 ) -> Manifest:
     """Write the manifest and enter the build into the history. `environments` is of units, by stream."""
@@ -55,7 +56,9 @@ def write_manifest(
             stream.label,
             {"class_index": stream.class_index, "prompt": stream.prompt, **counted, "recipes": {}},
         )
-        target["recipes"][stream.recipe] = _recipe_account(stream, selections[stream.id])
+        target["recipes"][stream.recipe] = _recipe_account(
+            stream, selections[stream.id], seeds.get(stream.id)
+        )
     manifest = Manifest(
         build_id=plan.build_id,
         name=plan.config.name,
@@ -73,8 +76,11 @@ def write_manifest(
     return manifest
 
 
-def _recipe_account(stream: StreamPlan, selection: Selection) -> RecipeAccount:
+def _recipe_account(stream: StreamPlan, selection: Selection, seeds: SeedsReceipt | None) -> RecipeAccount:
     return RecipeAccount(
+        seeds=SeedsAccount(used=seeds.used, refused=dict(seeds.refused), correlation=seeds.correlation)
+        if seeds
+        else None,
         quota=stream.quota,
         accepted=len(selection.accepted),
         candidates=selection.candidates,

@@ -22,7 +22,7 @@ from schemas.settings import Settings
 from schemas.tables import VERSION, score_name
 from stages.backbones.latent_diffusion import backbone_fingerprint
 from stages.backbones.models import LoadedModels
-from stages.contract import Method, Models, Question, Refine
+from stages.contract import Method, Models, Question, has_artifact
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _check_references(config: BuildConfig, label: str, name: str, recipe: Recipe
     needed, method = 0, ""
     if recipe.combine is not None:
         needed, method = method_of("combine", recipe.combine).seeds_needed(), recipe.combine.method  # type: ignore[attr-defined]
-    if recipe.refine is not None and _has_artifact(recipe.refine) and needed < 1:
+    if recipe.refine is not None and has_artifact(method_of("refine", recipe.refine)) and needed < 1:
         needed, method = 1, recipe.refine.method  # type: ignore[attr-defined]
     if count < needed:
         refused = config.references is not None and count == 0
@@ -220,10 +220,6 @@ def _check_references(config: BuildConfig, label: str, name: str, recipe: Recipe
             + (" none of its files could be used;" if refused else "")
             + " add images, or leave the class out of the targets"
         )
-
-
-def _has_artifact(settings: Settings) -> bool:
-    return type(method_of("refine", settings)).prepare is not Refine.prepare
 
 
 def _identity(settings: Settings, kind: str) -> dict[str, Any]:
@@ -260,8 +256,14 @@ def _stream_ids(
             **_identity(recipe.refine, "refine"),
             "models": _model_ids(method_of("refine", recipe.refine), models),
         }
-        if _has_artifact(recipe.refine):
-            artifact = fingerprint({**common, "refine": stages["refine"], "references": hashes})
+    makers = {
+        kind: stages[kind]
+        for kind, settings in (("combine", recipe.combine), ("refine", recipe.refine))
+        if settings is not None and has_artifact(method_of(kind, settings))
+    }
+    if makers:
+        made_from = {"references": hashes, "seeds": seeds if "combine" in makers else None}
+        artifact = fingerprint({**common, **made_from, "stages": makers})
     parts = fingerprint(
         {
             **common,

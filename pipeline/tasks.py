@@ -1,6 +1,7 @@
 """The units of work that a runner carries to workers, and the receipts that come back.
 
-Five kinds: invert, prepare, unit (generate and score), probe (one suspect alone), pack. A task is small and
+Six kinds: invert, assess (the seeds of a class), prepare, unit (generate and score), probe (one suspect
+alone), pack. A task is small and
 can be run any number of times: its result is put if absent, and a receipt is read from what was committed.
 """
 
@@ -17,6 +18,13 @@ from schemas.records import Reference
 class InvertTask:
     stream: str  # any stream with these inversion settings and this prompt
     references: tuple[Reference, ...]  # at most one device batch
+
+
+@dataclass(frozen=True)
+class AssessTask:
+    """Look at the seeds of a stream: do they suffice, are they independent?"""
+
+    stream: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class PackTask:
     shards: tuple[tuple[Row, ...], ...]
 
 
-Task = InvertTask | PrepareTask | UnitTask | ProbeTask | PackTask
+Task = InvertTask | AssessTask | PrepareTask | UnitTask | ProbeTask | PackTask
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,17 @@ class Done:
     """Receipt of a task of which nothing but its completion is of interest."""
 
     items: int  # seeds or artifacts
+
+
+@dataclass(frozen=True)
+class SeedsReceipt:
+    """What there is to know of a stream's seeds."""
+
+    used: int
+    refused: Mapping[str, str]  # origin of the reference → reason
+    correlation: float | None  # mean cosine of the used seeds; None for one
+    dimensions: int  # d of a seed
+    combined: int  # seeds that a candidate combines, at least
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ class ShardReceipt:
     parquet_sha256: str
 
 
-Receipt = Done | UnitReceipt | Suspects | tuple[ShardReceipt, ...]
+Receipt = Done | SeedsReceipt | UnitReceipt | Suspects | tuple[ShardReceipt, ...]
 
 
 class Work(Protocol):

@@ -27,6 +27,11 @@ def to_safetensors(tensors: Mapping[str, Tensor], measures: Mapping[str, Any] | 
 
 def read_tensors(store: Store, name: str) -> dict[str, Tensor]:
     """The tensors of an object. Raises `FileNotFoundError` and `Damaged`."""
+    return read_measured(store, name)[0]
+
+
+def read_measured(store: Store, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an object and what was measured of them. Raises `FileNotFoundError` and `Damaged`."""
     data = store.get(name)
     try:
         tensors = load(data)
@@ -37,7 +42,7 @@ def read_tensors(store: Store, name: str) -> dict[str, Tensor]:
         intact = False
     if not intact:
         raise Damaged(f"{store.uri}/{name}: damaged; remove it and build again")
-    return tensors
+    return tensors, record["measures"]
 
 
 def _digest(tensors: Mapping[str, Tensor], measures: Mapping[str, Any]) -> str:

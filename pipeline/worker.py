@@ -10,7 +10,7 @@ import contextlib
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +23,10 @@ from pipeline.dag import Candidate, Dag, Materials, in_batches, out_of_memory, s
 from pipeline.parts import account, described, environment, part_name, read_table, scores_name, to_parquet
 from pipeline.plan import FilterPlan, Plan, StreamPlan
 from pipeline.references import fetch
+from pipeline.seeds import Seeds, assess, load_seeds, seed_name
 from pipeline.store import Store
 from pipeline.tasks import (
+    AssessTask,
     Done,
     InvertTask,
     PackTask,
@@ -45,10 +47,7 @@ from stages import images
 from stages.backbones.device import default_device
 from stages.backbones.latent_diffusion import load_backbone
 from stages.backbones.models import LoadedModels
-
-
-def seed_name(seeds: str, reference: Reference) -> str:
-    return f"seeds/{seeds}/{reference.sha256}.safetensors"
+from stages.invert.gate import invert_typical
 
 
 def artifact_name(artifact: str) -> str:
@@ -76,6 +75,7 @@ class Worker:
             name: Dag(plan.config, recipe, self.backbone, self.models)
             for name, recipe in plan.config.recipes.items()
         }
+        self._seeds = lru_cache(maxsize=64)(self._load_seeds)
         self.materials = lru_cache(maxsize=64)(self._load_materials)
 
     def run(self, task: Task) -> Receipt:
@@ -84,6 +84,9 @@ class Worker:
         match task:
             case InvertTask():
                 return self._invert(self.plan.by_id[task.stream], task.references)
+            case AssessTask():
+                stream = self.plan.by_id[task.stream]
+                return assess(stream, self.plan.config.recipes[stream.recipe], self._seeds(stream.id))
             case PrepareTask():
                 return self._prepare(self.plan.by_id[task.stream])
             case UnitTask():
@@ -132,7 +135,7 @@ class Worker:
 
     # --- invert and prepare ------------------------------------------------------------------------------
 
-    def _images(self, references: tuple[Reference, ...]) -> Tensor:
+    def _images(self, references: Sequence[Reference]) -> Tensor:
         pixels = [
             images.to_tensor(images.decode(fetch(self.store, r.sha256)), self.backbone.image_size)
             for r in references
@@ -146,8 +149,11 @@ class Worker:
         padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
         assert recipe.invert is not None
         with self._computing():
-            inverted = method_of("invert", recipe.invert)(
-                self.backbone, torch.cat([image_N3hw, padding]).to(self.device), stream.prompt
+            inverted, refused = invert_typical(
+                method_of("invert", recipe.invert),
+                self.backbone,
+                torch.cat([image_N3hw, padding]).to(self.device),
+                stream.prompt,
             )
         z_BCHW = inverted.z_BCHW.float().cpu()
         for row, reference in enumerate(references):
@@ -156,17 +162,16 @@ class Worker:
                     f"reference {reference.origin!r}: its inversion is not finite; remove it, or change"
                     f" recipes.{stream.recipe}.invert"
                 )
-            data = to_safetensors({"z_CHW": z_BCHW[row]}, inverted.measures[row])
+            measures = {**inverted.measures[row], "refused": refused[row]}
+            data = to_safetensors({"z_CHW": z_BCHW[row]}, measures)
             self.store.put_new(seed_name(stream.seeds, reference), data)
         return Done(len(references))
 
     def _prepare(self, stream: StreamPlan) -> Receipt:
         assert stream.artifact is not None
-        image_N3hw = self._images(stream.references)
+        dag = self.dags[stream.recipe]
         with self._computing():
-            refine = self.dags[stream.recipe].refine
-            assert refine is not None
-            made = refine.prepare(self.backbone, self.models, image_N3hw.to(self.device))
+            made = dag.prepare(stream, self._images, self._seeds(stream.id) if stream.seeds else None)
         self.store.put_new(artifact_name(stream.artifact), to_safetensors(made))
         return Done(1)
 
@@ -234,7 +239,7 @@ class Worker:
         made: Mapping[int, Candidate | Exception],
         failed: Mapping[int, str],
     ) -> bytes:
-        dag = self.dags[stream.recipe]
+        dag, materials = self.dags[stream.recipe], self.materials(stream.id)
         rows = []
         for index in indices:
             candidate = made.get(index)
@@ -245,6 +250,8 @@ class Worker:
                 chosen, losses = candidate.combination, list(candidate.losses)
                 row |= {
                     "status": "ok",
+                    "combined_norm": candidate.combined_norm,
+                    "parents_cosine": candidate.parents_cosine,
                     "seed_sha256": candidate.seed_sha256,
                     "seed_norm": candidate.seed_norm,
                     "image_sha256": sha256(candidate.image),
@@ -255,10 +262,11 @@ class Worker:
             else:
                 chosen, losses = None, []
                 with contextlib.suppress(Exception):  # what failed may be the drawing itself
-                    chosen = dag.combination(stream, index)
+                    chosen = dag.combination(stream, materials, index)
                 row |= {"status": "failed", "error": failed[index]}
             row["refine_losses"] = losses
-            row["parents"] = [stream.references[p].sha256 for p in chosen.parents] if chosen else []
+            seeds = materials.seeds
+            row["parents"] = [seeds.references[p].sha256 for p in chosen.parents] if chosen and seeds else []
             row["weights"] = list(chosen.weights) if chosen else []
             rows.append(row)
         return to_parquet(
@@ -280,16 +288,18 @@ class Worker:
         metadata = {"version": tables.VERSION, "filter": chosen.method.name}
         self.store.put_new(name, to_parquet(rows, schema, metadata))
 
+    def _load_seeds(self, stream_id: str) -> Seeds:
+        return load_seeds(self.store, self.plan.by_id[stream_id])
+
     def _load_materials(self, stream_id: str) -> Materials:
         stream = self.plan.by_id[stream_id]
-        seeds = artifact = None
-        if stream.seeds is not None:
-            found = [read_tensors(self.store, seed_name(stream.seeds, r)) for r in stream.references]
-            seeds = torch.stack([tensors["z_CHW"] for tensors in found])
+        artifacts: dict[str, dict[str, Tensor]] = {}
         if stream.artifact is not None:
-            tensors = read_tensors(self.store, artifact_name(stream.artifact))
-            artifact = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        return Materials(seeds, artifact or {})
+            for name, tensor in read_tensors(self.store, artifact_name(stream.artifact)).items():
+                kind, _, key = name.partition(".")
+                # seeds are combined on the CPU
+                artifacts.setdefault(kind, {})[key] = tensor if kind == "combine" else tensor.to(self.device)
+        return Materials(self._seeds(stream_id) if stream.seeds else None, artifacts)
 
 
 def describe(error: Exception) -> str:

@@ -13,7 +13,7 @@ from schemas.errors import UserError
 from schemas.sealed import seal, unseal
 from schemas.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 
 class Shard(Settings):
@@ -23,6 +23,14 @@ class Shard(Settings):
     tar_sha256: str
     parquet_bytes: int
     parquet_sha256: str
+
+
+class SeedsAccount(Settings):
+    """used + refused are the references that were inverted."""
+
+    used: int
+    refused: dict[str, str]  # origin of the reference → why its seed is not combined
+    correlation: float | None  # mean cosine of the used seeds
 
 
 class RecipeAccount(Settings):
@@ -36,6 +44,7 @@ class RecipeAccount(Settings):
     failed: int
     missing: int
     exhausted: bool
+    seeds: SeedsAccount | None = None  # of a recipe that combines some
 
 
 class TargetAccount(Settings):

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 
 # How a candidate came to be: the same columns in a part and beside a shard.
 _RECIPE = [
     pa.field("prompt", pa.string(), nullable=False),
     pa.field("parents", pa.list_(pa.string()), nullable=False),  # sha256 of the references whose seeds
     pa.field("weights", pa.list_(pa.float64()), nullable=False),  # were combined, and their weights
-    pa.field("artifact", pa.string()),  # hash of the class artifact that refining used
+    pa.field("combined_norm", pa.float64()),  # |z| / √d of the combined seed, before it was refined
+    pa.field("parents_cosine", pa.float64()),  # of the combined seeds, mean over pairs; 0: independent
+    pa.field("artifact", pa.string()),  # hash of the class artifact that combining or refining used
     pa.field("refine_losses", pa.list_(pa.float64()), nullable=False),
     pa.field("seed_sha256", pa.string()),  # of the float32 bytes of z_T, C-order
     pa.field("seed_norm", pa.float64()),  # |z_T| / √d

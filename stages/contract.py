@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from jaxtyping import Float
 
+from schemas.ids import random_stream
 from schemas.records import Combination, Verdict
 from schemas.settings import Settings
 
@@ -112,10 +113,30 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Inverted:
-    """Seeds of a batch of images, with one mapping of measurements an image (see `stages.gaussianity`)."""
+    """Seeds of a batch of images, with one mapping of measurements an image.
+
+    Every method measures `psnr` (dB, of the image that the sampler draws from the seed), `latent_mse`,
+    `calls` (of the model, for one image, guidance counted twice), and what `stages.gaussianity` measures.
+    """
 
     z_BCHW: Float[Tensor, "B C H W"]
     measures: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Chance:
+    """The randomness of one candidate: what it draws by itself, and what its stream shares."""
+
+    index: int  # of the candidate in its stream, from 0
+    stream: tuple[str | int, ...]  # identity of the stream: build seed, target, recipe
+
+    def own(self) -> np.random.Generator:
+        """The candidate's own generator, always from its beginning."""
+        return random_stream(*self.stream, self.index)
+
+    def shared(self, *what: str | int) -> np.random.Generator:
+        """A generator that every candidate of the stream gets for the same `what`."""
+        return random_stream(*self.stream, "shared", *what)
 
 
 @dataclass(frozen=True)
@@ -175,11 +196,22 @@ class Combine(Method):
         """The fewest reference seeds of a class with which the method makes sense."""
 
     @abstractmethod
-    def draw(self, rng: np.random.Generator, seeds: int) -> Combination:
+    def draw(self, chance: Chance, seeds: int) -> Combination:
         """Which of `seeds` reference seeds a candidate combines, and how. Needs no model."""
 
+    def prepare(
+        self,
+        invert: Callable[[Float[Tensor, "N 3 h w"]], Float[Tensor, "N C H W"]],
+        image_N3hw: Float[Tensor, "N 3 h w"],
+        z_NCHW: Float[Tensor, "N C H W"],
+    ) -> dict[str, Tensor]:
+        """The artifact of a class, made once from its references and their seeds; `invert` inverts more."""
+        return {}
+
     @abstractmethod
-    def __call__(self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float]) -> Float[Tensor, "C H W"]:
+    def __call__(
+        self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float], artifact: Mapping[str, Tensor]
+    ) -> Float[Tensor, "C H W"]:
         """One seed from the K parents that `draw` chose, in its order, with its weights."""
 
 
@@ -210,6 +242,12 @@ class Refine(Method):
         artifact: Mapping[str, Tensor],
     ) -> Refined:
         """Better seeds for the same prompt. `sampler` is the one that will draw the images."""
+
+
+def has_artifact(method: Combine | Refine) -> bool:
+    """Whether the method makes anything once for a class."""
+    kind = Combine if isinstance(method, Combine) else Refine
+    return type(method).prepare is not kind.prepare
 
 
 class Generate(Method):

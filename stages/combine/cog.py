@@ -15,19 +15,17 @@ Shape letters: B outputs, K inputs, C H W latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from schemas.records import Combination
-from schemas.settings import Settings
 from stages import registry
-from stages.contract import Combine
+from stages.combine.draw import GroupSettings, PairSettings, group, pair
+from stages.contract import Chance, Combine
 
 
 def combine_cog(
@@ -49,27 +47,21 @@ def combine_cog(
 class Cog(Combine):
     """Two seeds and a point between them, or the centroid of a random group."""
 
-    class Config(Settings):
+    class Config(PairSettings, GroupSettings):
         method: Literal["cog"] = "cog"
         mode: Literal["interpolation", "centroid"] = "interpolation"
-        """interpolation: two distinct seeds and t uniform in (0, 1); centroid: a group of distinct seeds."""
-        group: int = Field(3, ge=2)
-        """Seeds in a centroid; the paper uses 3, 5, 10 and 25."""
-        weights: Literal["equal", "dirichlet"] = "equal"
-        """Weights in a centroid: equal as in the paper, or uniform on the simplex, for few references."""
+        """interpolation: two distinct seeds and a point between them; centroid: a group of distinct seeds."""
 
     def seeds_needed(self) -> int:
         return 2 if self.config.mode == "interpolation" else self.config.group
 
-    def draw(self, rng: np.random.Generator, seeds: int) -> Combination:
-        parents = tuple(sorted(int(i) for i in rng.choice(seeds, size=self.seeds_needed(), replace=False)))
+    def draw(self, chance: Chance, seeds: int) -> Combination:
         if self.config.mode == "interpolation":
-            t = float(rng.random())
-            return Combination(parents, (1 - t, t))
-        if self.config.weights == "equal":
-            return Combination(parents, (1 / len(parents),) * len(parents))
-        return Combination(parents, tuple(float(w) for w in rng.dirichlet(np.ones(len(parents)))))
+            return pair(chance, seeds, self.config.t, self.config.points)
+        return group(chance, seeds, self.config.group, self.config.weights)
 
-    def __call__(self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float]) -> Float[Tensor, "C H W"]:
+    def __call__(
+        self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float], artifact: Mapping[str, Tensor]
+    ) -> Float[Tensor, "C H W"]:
         w_1K = torch.tensor([weights], dtype=torch.float64, device=z_KCHW.device)
         return combine_cog(w_1K, z_KCHW)[0]

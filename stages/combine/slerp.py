@@ -11,19 +11,18 @@ Shape letters: K seeds, C H W latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from schemas.records import Combination
-from schemas.settings import Settings
 from stages import registry
-from stages.contract import Combine
+from stages.combine.draw import PairSettings, pair
+from stages.contract import Chance, Combine
 
 PARALLEL = 0.9995  # NAO's code
 OPPOSITE = -1 + 1e-9  # an angle within 5e-5 of π, where float32 seeds no longer determine a plane
@@ -46,18 +45,16 @@ def slerp(z0_CHW: Float[Tensor, "C H W"], z1_CHW: Float[Tensor, "C H W"], t: flo
 class Slerp(Combine):
     """Two distinct seeds, and a point between them drawn uniformly in angle."""
 
-    class Config(Settings):
+    class Config(PairSettings):
         method: Literal["slerp"] = "slerp"
-        t: float | None = Field(None, ge=0, le=1)
-        """Where between the two seeds, 0 to 1. Not set: drawn uniformly (Ramachandran et al., AAAI 2024)."""
 
     def seeds_needed(self) -> int:
         return 2
 
-    def draw(self, rng: np.random.Generator, seeds: int) -> Combination:
-        first, second = sorted(int(i) for i in rng.choice(seeds, size=2, replace=False))
-        t = float(rng.random()) if self.config.t is None else self.config.t
-        return Combination((first, second), (1 - t, t))
+    def draw(self, chance: Chance, seeds: int) -> Combination:
+        return pair(chance, seeds, self.config.t, self.config.points)
 
-    def __call__(self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float]) -> Float[Tensor, "C H W"]:
+    def __call__(
+        self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float], artifact: Mapping[str, Tensor]
+    ) -> Float[Tensor, "C H W"]:
         return slerp(z_KCHW[0], z_KCHW[1], weights[1])

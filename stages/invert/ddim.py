@@ -20,13 +20,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from schemas.settings import Settings
 from stages import registry
 from stages.contract import Backbone, Invert, Inverted, Sampler
-from stages.gaussianity import gaussianity
+from stages.invert.measure import measured
+from stages.invert.settings import InvertSettings
 from stages.sampling import alphas, ddim_step, denoise, predict_guided, timesteps, to_epsilon
 
 
@@ -44,30 +43,18 @@ def invert_ddim(
     return z_BCHW
 
 
-def psnr(image_B3hw: Float[Tensor, "B 3 h w"], other_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, " B"]:
-    """Peak signal-to-noise ratio of each image in dB, with pixels on [0, 1]; at most 100."""
-    difference_B3hw = (image_B3hw.clamp(-1, 1) - other_B3hw.clamp(-1, 1)).double() / 2
-    return -10 * difference_B3hw.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
-
-
 @registry.method("ddim")
 class DdimInversion(Invert):
     """Image → latent → seed, and back again to measure what was lost on the way."""
 
-    class Config(Settings):
+    class Config(InvertSettings):
         method: Literal["ddim"] = "ddim"
-        steps: int = Field(50, ge=1)
-        """DDIM steps; 50 in NAO's code, 400 in COG's experiments."""
-        guidance: float = Field(1.0, ge=0)
-        """Scale of classifier-free guidance. 1 (none) in NAO and COG: guidance makes inversion diverge."""
 
     def __call__(self, backbone: Backbone, image_B3hw: Float[Tensor, "B 3 h w"], prompt: str) -> Inverted:
         sampler = Sampler(self.config.steps, self.config.guidance)
         with torch.no_grad():
-            z_BCHW = invert_ddim(backbone, backbone.encode(image_B3hw), prompt, sampler)
-            again_B3hw = backbone.decode(denoise(backbone, z_BCHW, prompt, sampler))
-            fidelity_B = psnr(image_B3hw, again_B3hw)
-        measures = gaussianity(z_BCHW)
-        for measure, fidelity in zip(measures, fidelity_B.tolist(), strict=True):
-            measure["psnr"] = fidelity
-        return Inverted(z_BCHW, measures)
+            z0_BCHW = backbone.encode(image_B3hw)
+            z_BCHW = invert_ddim(backbone, z0_BCHW, prompt, sampler)
+            again_BCHW = denoise(backbone, z_BCHW, prompt, sampler)
+        calls = sampler.steps * (1 if sampler.guidance == 1 else 2)
+        return Inverted(z_BCHW, measured(backbone, image_B3hw, z0_BCHW, z_BCHW, again_BCHW, calls))

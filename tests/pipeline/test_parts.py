@@ -53,7 +53,10 @@ def test_a_part_comes_back(store, data):
     table = read_table(store, NAME)
     assert repr(table.to_pylist()) == repr(list(part_rows()))  # repr: nan is not equal to itself
     assert read_table(store, NAME, ["status", "index"]).column_names == ["status", "index"]
-    assert to_parquet(list(part_rows()), tables.PART, {"version": 1, "environment": {"torch": "2"}}) == data
+    assert (
+        to_parquet(list(part_rows()), tables.PART, {"version": tables.VERSION, "environment": {"torch": "2"}})
+        == data
+    )
 
 
 def test_a_changed_byte_of_a_part_is_told_or_harmless(tmp_path, store, data):
