@@ -24,8 +24,11 @@ from pipeline.plan import Plan
 from pipeline.tasks import Receipt, Task, UnitTask, Work
 from schemas.errors import UserError
 
+log = logging.getLogger("seedloom")
+
 IN_FLIGHT = 2
-# Seconds that a second try waits for another worker to come up, while nothing else is to be done.
+# Seconds after which a start without any worker is remarked on; and that a second try waits for another
+# worker to come up, while nothing else is to be done.
 PATIENCE = 60.0
 # Lost or failed actors per worker, one after another, before anything completes: another will not do better.
 FRUITLESS = 8
@@ -79,7 +82,10 @@ class RayRunner:
             self._seats = [self._seat() for _ in range(self.workers)]
             # a mistake of the user's shows in any worker: one line, at once
             while not any(seat.up for seat in self._seats):
-                self._seat_those_of(ray.wait([seat.loading for seat in self._seats])[0])
+                ready, _ = ray.wait([seat.loading for seat in self._seats], timeout=PATIENCE)
+                if not ready:
+                    log.warning("%s", self._waiting_for(ray.available_resources()))
+                self._seat_those_of(ready)
         except BaseException:
             self.__exit__()
             raise
@@ -106,6 +112,14 @@ class RayRunner:
             # OpenMP reads this once, when it starts
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
+
+    def _waiting_for(self, free: Mapping[str, float]) -> str:
+        """What to tell a person when no worker starts: most likely somebody else holds what it needs."""
+        asked = {"GPU": self._options["num_gpus"], "CPU": self._options["num_cpus"]}
+        needs = ", ".join(
+            f"{name} {amount:g} of {free.get(name, 0):g} free" for name, amount in asked.items()
+        )
+        return f"seedloom: no worker has started for {PATIENCE:.0f} s; each needs {needs}; still waiting"
 
     def __exit__(self, *error: object) -> None:
         for seat in self._seats:

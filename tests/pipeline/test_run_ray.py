@@ -99,6 +99,62 @@ def test_ray_runs_in_other_processes_and_uses_both(outputs):
     assert os.getpid() not in workers
 
 
+# --- what a worker takes of the cluster ---------------------------------------------------------------------
+
+
+def share(tmp_path, resources, **run):
+    config = load(small_config(tmp_path, tmp_path / "log", run={"runner": "ray", **run}))
+    _, plan = resolve(config)
+    runner = RayRunner(plan, config.output)
+    options = runner._share(resources)
+    return runner.workers, options["num_gpus"], options["num_cpus"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "run", "expected"),
+    [
+        # workers, GPUs and CPUs of each; a GPU worker waits for no CPU
+        ({"GPU": 4, "CPU": 8}, {}, (4, 1, 0)),
+        ({"GPU": 4, "CPU": 8}, {"gpus_per_worker": 0.5}, (8, 0.5, 0)),
+        ({"GPU": 4, "CPU": 8}, {"gpus_per_worker": 2}, (2, 2, 0)),
+        ({"GPU": 4, "CPU": 8}, {"workers": 3}, (3, 1, 0)),
+        ({"CPU": 8}, {"threads_per_worker": 2}, (4, 0, 2)),
+        ({"CPU": 2}, {"workers": 8}, (8, 0, 0.25)),
+    ],
+)
+def test_workers_share_what_the_cluster_has(tmp_path, resources, run, expected):
+    assert share(tmp_path, resources, **run) == expected
+
+
+@pytest.mark.parametrize("gpus", [1.5, 5])
+def test_a_share_of_gpus_that_cannot_be_had_is_refused_in_one_line(tmp_path, gpus):
+    with pytest.raises(UserError, match=rf"run.gpus_per_worker: {gpus:g} given; allowed .* up to the 4 "):
+        share(tmp_path, {"GPU": 4, "CPU": 8}, gpus_per_worker=gpus)
+
+
+def test_a_start_that_waits_says_for_what(ray_instance, tmp_path, monkeypatch):  # noqa: F811
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Hoarder:
+        def pid(self):
+            return os.getpid()
+
+    hoarder = Hoarder.remote()
+    ray.get(hoarder.pid.remote())
+    monkeypatch.setattr("pipeline.run_ray.PATIENCE", 0.5)
+    said = []
+
+    def remark(message, *arguments):
+        said.append(message % arguments)
+        ray.kill(hoarder)
+
+    monkeypatch.setattr("pipeline.run_ray.log.warning", remark)
+    run_build(small_config(tmp_path, tmp_path / "log"), runner="ray", workers=1)
+    assert "each needs GPU 0 of 0 free, CPU 1 of 0 free; still waiting" in said[0]
+    assert named(Store(str(tmp_path / "out"))).samples == 12
+
+
 # --- faults ------------------------------------------------------------------------------------------------
 
 
