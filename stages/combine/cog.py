@@ -1,16 +1,19 @@
 """COG: combine Gaussian seeds into a Gaussian seed.
 
 Bodin et al., arXiv:2408.08558, Eq. 3 (later called LOL). For i.i.d. x_k ~ N(μ, Σ), y = Σ w_k x_k has mean αμ
-and covariance βΣ with α = Σ w_k and β = Σ w_k². Then z = (1 − α/√β)·μ + y/√β is N(μ, Σ) again, for any Σ.
-Interpolation is w = (1 − t, t), a centroid is w = 1/K.
+and covariance βΣ with α = Σ w_k and β = Σ w_k². Then z = (1 − α/√β)·μ + y/√β is N(μ, Σ) again. Only μ must be
+known: Σ, of any scale or shape, is kept. Interpolation is w = (1 − t, t), a centroid is w = 1/K.
 
 Departures: an all-zero row of weights raises instead of becoming uniform. A centroid may also draw its
-weights (`weights: dirichlet`), because K of N seeds have only N-over-K centroids, each one image.
+weights (`weights: dirichlet`), because K of N seeds have only N-over-K centroids, each one image. On the
+great circle of two orthogonal seeds of one norm COG is at the angle atan(t/(1−t)) (18.4° at ¼), where SLERP
+is at t·90° (22.5°): nearer to the end points, where images are better; `pace: angle` gives it SLERP's
+weights.
 
 The seeds are taken as independent. Inverted seeds of one class are not quite: with correlation ρ the
-centroid's squared norm is d·(1 + (K−1)ρ).
+centroid's squared norm is d·(1 + (K−1)ρ), and `whiten: true` makes it d.
 
-Shape letters: B outputs, K inputs, C H W latent.
+Shape letters: *B any batch, K inputs, C H W latent.
 """
 
 from __future__ import annotations
@@ -24,30 +27,42 @@ from torch import Tensor
 
 from schemas.records import Combination
 from stages import registry
-from stages.combine.draw import GroupSettings, PairSettings, group, pair
+from stages.combine.draw import GroupSettings, PaceSettings, group, pair
+from stages.combine.latents import weighted_sum
+from stages.combine.lerp import chord_fraction
+from stages.combine.whiten import whiten
 from stages.contract import Chance, Combine
 
 
-def combine_cog(
-    w_BK: Float[Tensor, "B K"],
-    z_KCHW: Float[Tensor, "K C H W"],
+def cog(
+    z: Float[Tensor, "*#B K C H W"],
+    w: Float[Tensor, "*#B K"] | None = None,
     mean: float | Float[Tensor, "C _ _"] = 0.0,
-) -> Float[Tensor, "B C H W"]:
-    """(1 − α/√β)·μ + w·z/√β per row, in float64: N(μ, Σ) if z is i.i.d. N(μ, Σ) and independent of w."""
-    w = w_BK.double()
-    beta_B = w.square().sum(dim=1)
-    if not bool((beta_B > 0).all()):
+) -> Float[Tensor, "*B C H W"]:
+    """(1 − α/√β)·μ + Σ w_k z_k/√β, in float64: N(μ, Σ) if the z_k are i.i.d. N(μ, Σ) and independent of w.
+
+    Many rows of weights for one set of seeds, a set of seeds for each row, or one row for many sets.
+    """
+    if z.ndim < 4:
+        raise ValueError(f"a group of seeds must have shape (..., K, C, H, W), given {tuple(z.shape)}")
+    w = torch.ones(z.shape[-4], dtype=torch.float64, device=z.device) if w is None else w.double()
+    if w.ndim < 1 or w.shape[-1] != z.shape[-4]:
+        raise ValueError(f"{z.shape[-4]} seeds need as many weights in each row, given {tuple(w.shape)}")
+    if any(a != b for a, b in zip(z.shape[-5::-1], w.shape[-2::-1], strict=False) if 1 not in (a, b)):
+        raise ValueError(f"weights {tuple(w.shape)} do not fit seeds {tuple(z.shape)}")
+    beta = w.square().sum(dim=-1, keepdim=True)
+    if not bool((beta > 0).all()):
         raise ValueError("a row of weights is all zero: it has no direction to go")
-    shrink_B111 = (w.sum(dim=1) / beta_B.sqrt())[:, None, None, None]
-    y_BCHW = torch.einsum("bk,kchw->bchw", w / beta_B.sqrt()[:, None], z_KCHW.double())
-    return ((1 - shrink_B111) * mean + y_BCHW).to(z_KCHW.dtype)
+    w = w / beta.sqrt()
+    shrink = w.sum(dim=-1)[..., None, None, None]
+    return ((1 - shrink) * mean + weighted_sum(z.double(), w)).to(z.dtype)
 
 
 @registry.method("cog")
 class Cog(Combine):
     """Two seeds and a point between them, or the centroid of a random group."""
 
-    class Config(PairSettings, GroupSettings):
+    class Config(PaceSettings, GroupSettings):
         method: Literal["cog"] = "cog"
         mode: Literal["interpolation", "centroid"] = "interpolation"
         """interpolation: two distinct seeds and a point between them; centroid: a group of distinct seeds."""
@@ -63,5 +78,10 @@ class Cog(Combine):
     def __call__(
         self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float], artifact: Mapping[str, Tensor]
     ) -> Float[Tensor, "C H W"]:
-        w_1K = torch.tensor([weights], dtype=torch.float64, device=z_KCHW.device)
-        return combine_cog(w_1K, z_KCHW)[0]
+        w_K = torch.tensor(weights, dtype=torch.float64, device=z_KCHW.device)
+        if self.config.whiten:
+            z_KCHW = whiten(z_KCHW)
+        if self.config.mode == "interpolation" and self.config.pace == "angle":
+            along = chord_fraction(z_KCHW[0], z_KCHW[1], weights[1])
+            w_K = torch.stack([1 - along, along])
+        return cog(z_KCHW, w_K)

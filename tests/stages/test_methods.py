@@ -7,7 +7,21 @@ from stages import registry
 
 SHIPPED = {
     "invert": {"ddim"},
-    "combine": {"slerp", "cog"},
+    "combine": {
+        "lerp",
+        "slerp",
+        "slerp_rescaled",
+        "cog",
+        "subspace",
+        "geodesic",
+        "direction",
+        "euclidean",
+        "normalized",
+        "mode_norm",
+        "standardized",
+        "karcher",
+        "geometric_median",
+    },
     "refine": {"none", "seedselect"},
     "generate": {"text_to_image"},
     "filter": {"clip", "classifier"},

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stages.contract import Sampler
 from stages.gaussianity import gaussianity
-from stages.invert.ddim import DdimInversion, invert_ddim, psnr
+from stages.invert.ddim import DdimInversion, invert_ddim
+from stages.invert.measure import psnr
 from stages.sampling import alphas, denoise, timesteps
 
 
@@ -91,11 +92,29 @@ def test_a_seed_is_measured(load_tiny):
     backbone, image_B3hw = load_tiny(), noise(2, 3, 16, 16).clamp(-1, 1)
     inverted = DdimInversion(DdimInversion.Config(steps=10))(backbone, image_B3hw, "a cat")
     with torch.no_grad():
-        again_B3hw = backbone.decode(denoise(backbone, inverted.z_BCHW, "a cat", Sampler(10, 1.0)))
+        again_BCHW = denoise(backbone, inverted.z_BCHW, "a cat", Sampler(10, 1.0))
+        again_B3hw, latents_BCHW = backbone.decode(again_BCHW), backbone.encode(image_B3hw)
     for row, measure in enumerate(inverted.measures):
         (gaussian,) = gaussianity(inverted.z_BCHW[row : row + 1])
         error = ((image_B3hw[row].clamp(-1, 1) - again_B3hw[row].clamp(-1, 1)) / 2).square().mean()
-        assert measure == pytest.approx({**gaussian, "psnr": float(-10 * torch.log10(error))}, rel=1e-5)
+        expected = {
+            **gaussian,
+            "psnr": float(-10 * torch.log10(error)),
+            "latent_mse": float((again_BCHW[row] - latents_BCHW[row]).square().mean()),
+            "calls": 10,
+        }
+        assert measure == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [(1.0, 7), (2.0, 14)])
+def test_calls_count_what_a_row_went_through(gaussian_backbone, guidance, calls):
+    backbone = gaussian_backbone()
+    image_B3hw = noise(1, 3, 4, 4, dtype=torch.float64).clamp(-1, 1)
+    method = DdimInversion(DdimInversion.Config(steps=7, guidance=guidance))
+    (measures,) = method(backbone, image_B3hw, "star").measures
+    assert measures["calls"] == calls
+    # the way there and the measuring way back cost the same
+    assert sum(backbone.batches) == 2 * calls
 
 
 def test_psnr_of_known_errors():
