@@ -16,8 +16,8 @@ Departures:
   same at every resolution.
 
 Independent seeds are nearly orthogonal, and transport from one to the other turns only their common plane: it
-changes a direction by a few 1/√d of its length. It is here because directions at different seeds have no other
-sum that stays on the sphere, and because seeds of one class are not quite independent.
+changes a direction by a few 1/√d of its length. It is here because directions at different seeds have no
+other sum that stays on the sphere, and because seeds of one class are not quite independent.
 
 Shape letters: B any batch, N images, C H W seed, h w image. d = C·H·W, R = √d.
 """
