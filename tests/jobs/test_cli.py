@@ -50,7 +50,7 @@ MISTAKES = {
     "no recipes": ({"recipes": {}}, "recipes: must not be empty"),
     "unknown method": (recipe(combine="slurp"), "recipes.a.combine: unknown combine method 'slurp'; allowed"),
     "unnamed method": (recipe(combine={"mode": "centroid"}), "recipes.a.combine: must name a method, as in"),
-    "method's unknown key": (recipe(combine={"method": "cog", "t": 1}), "recipes.a.combine: unknown key 't'"),
+    "method's unknown key": (recipe(combine={"method": "cog", "u": 1}), "recipes.a.combine: unknown key 'u'"),
     "method's wrong value": (
         recipe(combine={"method": "cog", "mode": "middle"}),
         "recipes.a.combine.mode: must be 'interpolation' or 'centroid', given 'middle'",
@@ -353,7 +353,7 @@ def test_reproduce_notices_other_bytes(seedloom, output, monkeypatch):
     from stages.combine.cog import Cog
 
     key = keys(output)[0]
-    monkeypatch.setattr(Cog, "__call__", lambda self, z_KCHW, weights: z_KCHW[0])
+    monkeypatch.setattr(Cog, "__call__", lambda self, z_KCHW, weights, artifact: z_KCHW[0])
     told = seedloom("reproduce", output, key)
     assert told.code == 1
     assert "other bytes" in told.out
