@@ -35,6 +35,7 @@ def invert_typical(
     """Seeds of a batch, and for each the reason why it is refused, or "".
 
     A second inversion has the batch's shape and every row its slot, so no row depends on which others fail.
+    `steps` is that of the inversion that a seed comes from, `calls` counts both of a seed that had two.
     """
     config = cast(InvertSettings, method.config)
     first = _counted(method(backbone, image_B3hw, prompt), config.steps)
@@ -48,7 +49,7 @@ def invert_typical(
     refused_B = torch.tensor([bool(reason) for reason in reasons], device=first.z_BCHW.device)
     z_BCHW = torch.where(refused_B[:, None, None, None], again.z_BCHW, first.z_BCHW)
     pairs = zip(first.measures, again.measures, reasons, strict=True)
-    measures = [b if reason else a for a, b, reason in pairs]
+    measures = [{**b, "calls": a["calls"] + b["calls"]} if reason else a for a, b, reason in pairs]
     return Inverted(z_BCHW, measures), [fault(m, config.typical) for m in measures]
 
 

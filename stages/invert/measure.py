@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,19 +18,21 @@ def measured(
     z0_BCHW: Float[Tensor, "B C H W"],
     z_BCHW: Float[Tensor, "B C H W"],
     again_BCHW: Float[Tensor, "B C H W"],
-    calls: int,
+    calls: int | Sequence[int],
 ) -> list[dict[str, float]]:
     """Measures of each row: its image, its latent z_0, its seed, and the latent that the seed is drawn to.
 
-    `calls` is how often one row went through the model to be inverted; guidance counts twice.
+    `calls` is how often a row went through the model to be inverted, guidance counted twice: one number for
+    all, or one for each.
     """
+    calls_B = [calls] * len(z_BCHW) if isinstance(calls, int) else calls
     with torch.no_grad():
         fidelity_B = psnr(image_B3hw, backbone.decode(again_BCHW))
         error_B = (again_BCHW - z0_BCHW).double().square().mean(dim=(1, 2, 3))
     return [
-        {**measures, "psnr": fidelity, "latent_mse": error, "calls": float(calls)}
-        for measures, fidelity, error in zip(
-            gaussianity(z_BCHW), fidelity_B.tolist(), error_B.tolist(), strict=True
+        {**measures, "psnr": fidelity, "latent_mse": error, "calls": float(asked)}
+        for measures, fidelity, error, asked in zip(
+            gaussianity(z_BCHW), fidelity_B.tolist(), error_B.tolist(), calls_B, strict=True
         )
     ]
 
