@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -31,6 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from jobs.benchmarks.machine import hardware, versions
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan, StreamPlan
@@ -119,8 +120,8 @@ def measure(folder: Path, seconds: float, workers: int, turns: int, steps: int) 
         "unit": stream.unit,
         "batch": stream.batch,
         "load_before": round(load_before, 2),
-        "hardware": _hardware(),
-        "versions": _versions(),
+        "hardware": hardware(),
+        "versions": versions("ray", "torch"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -288,23 +289,6 @@ def _loop(plan: Plan, uri: str, rank: int, gpu: str, pipe: Connection) -> None:
             score(stream, worker.models, encoded, chosen.method)
             unit += 1
         pipe.send("done")
-
-
-def _hardware() -> str:
-    import torch
-
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    model = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return ", ".join([f"{os.cpu_count()} × {model}", *names])
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": platform.python_version(), **{n: version(n) for n in ("seedloom", "ray", "torch")}}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Ramachandran et al., "Understanding the generalization of pretrained diffusion models on out-of-distribution
 data", AAAI 2024, §5. Images and their edited copies are inverted; the directions from seed to edited seed
 point nearly the same way for one edit (Table 3), so their mean is taken for the edit itself and applied to
-seeds of images that were never edited.
+seeds of images that were never edited. `seedloom evaluate directions` measures whether they do.
 
 Departures:
 - The paper subtracts seeds. An edited image inverts to a seed of another norm, and the difference then holds
@@ -157,8 +157,7 @@ def mean_angle(direction_NCHW: Float[Tensor, "N C H W"]) -> float:
 def gathered(
     z_NCHW: Float[Tensor, "N C H W"], edited_NCHW: Float[Tensor, "N C H W"]
 ) -> tuple[Float[Tensor, "C H W"], Float[Tensor, "N C H W"]]:
-    """A base, the middle of the source seeds at norm R, and there each image's direction from seed to edited
-    seed."""
+    """The middle of the source seeds, at norm R, and each one's way to its edited seed, carried there."""
     base_CHW = to_norm(to_norm(z_NCHW.double(), 1.0).mean(dim=0), _radius(z_NCHW))
     direction_NCHW = log_map(z_NCHW.double(), edited_NCHW.double())
     gathered_NCHW = transport(z_NCHW.double(), base_CHW.expand(z_NCHW.shape), direction_NCHW)

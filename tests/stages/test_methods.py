@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from stages import registry
 
 SHIPPED = {
-    "invert": {"ddim"},
+    "invert": {"ddim", "fixed_point", "belm", "flow", "regularized"},
     "combine": {
         "lerp",
         "slerp",
@@ -21,6 +21,8 @@ SHIPPED = {
         "standardized",
         "karcher",
         "geometric_median",
+        "nao",
+        "nao_adam",
     },
     "refine": {"none", "seedselect"},
     "generate": {"text_to_image"},

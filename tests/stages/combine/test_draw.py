@@ -8,6 +8,10 @@ from pydantic import ValidationError
 
 from stages import registry
 from stages.combine.draw import PairSettings, group, pair
+from stages.combine.geometric_median import geometric_median
+from stages.combine.karcher import karcher
+from stages.combine.mean import euclidean, mode_norm, normalized, standardized
+from stages.combine.whiten import whiten
 from stages.contract import Chance
 
 STREAM = (7, "combine", "rose", "rare")
@@ -113,18 +117,15 @@ def test_the_fewest_seeds_are_enough(name, settings, needed):
 
 
 @pytest.mark.parametrize(
-    "name", ["euclidean", "normalized", "mode_norm", "standardized", "karcher", "geometric_median"]
+    "middle", [euclidean, normalized, mode_norm, standardized, karcher, geometric_median]
 )
-def test_a_centroid_of_the_stage_uses_its_weights_and_whitens_when_asked(name):
-    from stages.combine.whiten import whiten
-
-    module = "mean" if name in {"euclidean", "normalized", "mode_norm", "standardized"} else name
-    function = getattr(__import__(f"stages.combine.{module}", fromlist=[name]), name)
+def test_a_centroid_of_the_stage_uses_its_weights_and_whitens_when_asked(middle):
     z_KCHW = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.5
     weights = (0.5, 0.3, 0.2)
     w_K = torch.tensor(weights, dtype=torch.float64)
-    assert torch.equal(make(name)(z_KCHW, weights, {}), function(z_KCHW, w_K))
-    assert torch.equal(make(name, whiten=True)(z_KCHW, weights, {}), function(whiten(z_KCHW), w_K))
+    assert torch.equal(make(middle.__name__)(z_KCHW, weights, {}), middle(z_KCHW, w_K))
+    whitened = make(middle.__name__, whiten=True)(z_KCHW, weights, {})
+    assert torch.equal(whitened, middle(whiten(z_KCHW), w_K))
 
 
 def test_settings_that_contradict_or_leave_their_range_are_refused():

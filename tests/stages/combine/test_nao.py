@@ -1,0 +1,561 @@
+"""NAO: constants, paths against a minimiser that knows nothing of their form, metric, centroid, stage."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from scipy import stats
+from scipy.integrate import quad
+from scipy.linalg import solveh_banded
+from scipy.optimize import minimize
+from scipy.special import gammaln
+
+from stages.combine.clairaut import plane_cost, plane_radii
+from stages.combine.geometric_median import geometric_median
+from stages.combine.nao import (
+    Nao,
+    curve_cost,
+    distance,
+    line_cost,
+    nao,
+    nao_centroid,
+    nao_centroid_paths,
+    nao_path,
+)
+from stages.combine.radial import radial
+from stages.combine.slerp import slerp
+from stages.combine.whiten import whiten
+from stages.contract import Chance
+
+SHAPES = {4: (1, 2, 2), 64: (4, 4, 4), 1024: (4, 16, 16), 16384: (4, 64, 64)}
+
+
+def seeds(count, d=64, rng_seed=0):
+    rng = torch.Generator().manual_seed(rng_seed)
+    return torch.randn(count, *SHAPES[d], dtype=torch.float64, generator=rng)
+
+
+def at_angle(d, r0, r1, theta, rng_seed=0):
+    """Two seeds of given norms and angle, in a random plane."""
+    a, b = torch.linalg.qr(seeds(2, d, rng_seed).flatten(1).T).Q.T.reshape(2, *SHAPES[d])
+    return r0 * a, r1 * (math.cos(theta) * a + math.sin(theta) * b)
+
+
+def cost_in_plane(d, r0, r1, theta):
+    return float(plane_cost(d, np.array([[r0, r1]]), np.array([theta]))[0])
+
+
+# --- the weight and its constants --------------------------------------------------------------------------
+
+
+def test_constants_of_stable_diffusion():
+    g = radial(16384)
+    assert g.floor == pytest.approx(0.572360, abs=5e-7)
+    assert g.m == pytest.approx(73.259186, abs=5e-7)
+    assert g.best == pytest.approx(127.993858, abs=5e-7)
+    assert float(g.weight(90.5)) == pytest.approx(1583.36, abs=5e-3)
+
+
+@pytest.mark.parametrize("d", [4, 5, 16, 19, 21, 64, 1024, 16384])
+def test_the_weight_is_minus_the_log_density_of_the_norm(d):
+    r = math.sqrt(d) * np.array([0.36, 0.7, 0.99, 1, 1.01, 1.5, 9.9])
+    expected = -stats.chi.logpdf(r, d)
+    assert radial(d).weight(r) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert radial(d).floor == pytest.approx(-stats.chi.logpdf(math.sqrt(d - 1), d), abs=1e-10)
+
+
+@pytest.mark.parametrize("d", [4, 64, 16384])
+def test_a_great_circle_is_cheapest_at_r_star(d):
+    g = radial(d)
+    r = g.best + np.array([-1e-3, 0, 1e-3])
+    around = r * g.weight(r)
+    assert around[1] == pytest.approx(g.m, rel=1e-12)
+    assert around[0] > around[1] < around[2]
+    assert math.sqrt(d - 1) - g.best == pytest.approx(0.28 / math.sqrt(d - 1), rel=0.15)
+
+
+@pytest.mark.parametrize("d", [4, 64, 1024, 16384])
+@pytest.mark.parametrize("ratio", [0.36, 0.72, 0.995, 1, 1.01, 1.3, 3.0])
+def test_the_layer_between_a_norm_and_r_star(d, ratio):
+    g = radial(d)
+    r = ratio * math.sqrt(d - 1)
+    expected = quad(lambda s: math.sqrt(max(0, g.weight(s) ** 2 - (g.m / s) ** 2)), g.best, r, epsrel=1e-11)[
+        0
+    ]
+    u = g.depth(np.array([r]))
+    E, Y = g.layer(u)
+    assert E[0] == pytest.approx(abs(expected), rel=1e-7, abs=1e-9)
+    assert g.unlayer(Y) == pytest.approx(u, rel=1e-11)
+    # the angle from here to a tenth of the depth is the logarithm of what Y has decayed by
+    swept = quad(
+        lambda s: g.m / (s * math.sqrt((s * g.weight(s)) ** 2 - g.m**2)), g.best * (1 + u[0] / 10), r
+    )[0]
+    assert math.log(Y[0] / g.layer(u / 10)[1][0]) / g.kappa == pytest.approx(abs(swept), rel=1e-6)
+
+
+# --- paths in the plane ------------------------------------------------------------------------------------
+
+
+def newton(d, r0, r1, theta, cells):
+    """Minimise Σ w(r̄)·√(Δr² + r̄²Δθ²) over the radii at given angles, dense at both ends.
+
+    Nothing of the theory goes in: w is the printed formula, and the start decays at a guessed rate.
+    """
+    constant = (d / 2 - 1) * math.log(2) + gammaln(d / 2)
+    s = np.linspace(0, 1, cells + 1)
+    mesh = theta * (s - 0.9 * np.sin(2 * np.pi * s) / (2 * np.pi))
+    h, arc = np.diff(mesh), mesh * math.sqrt(d)
+    start, end = (np.exp(-1.9 * part) for part in (arc, arc[-1] - arc))
+    sides = np.array([[1, end[0]], [start[-1], 1]])
+    r = math.sqrt(d - 1) + np.stack([start, end], axis=1) @ np.linalg.solve(
+        sides, np.array([r0, r1]) - math.sqrt(d - 1)
+    )
+    for _ in range(60):
+        a, D = (r[1:] + r[:-1]) / 2, np.diff(r)
+        S = np.sqrt(D**2 + (a * h) ** 2)
+        w, w1, w2 = constant - (d - 1) * np.log(a) + a**2 / 2, a - (d - 1) / a, 1 + (d - 1) / a**2
+        gradient_a, gradient_D = w1 * S + w * a * h**2 / S, w * D / S
+        aa = w2 * S + 2 * w1 * a * h**2 / S + w * h**2 * D**2 / S**3
+        aD, DD = w1 * D / S - w * a * h**2 * D / S**3, w * (a * h) ** 2 / S**3
+        gradient = (gradient_a / 2 - gradient_D)[1:] + (gradient_a / 2 + gradient_D)[:-1]
+        diagonal = (aa / 4 - aD + DD)[1:] + (aa / 4 + aD + DD)[:-1]
+        step = solveh_banded(np.stack([np.append(0, (aa / 4 - DD)[1:-1]), diagonal]), -gradient)
+        r[1:-1] += step
+        if np.abs(step).max() < 1e-9:
+            return float((w * S).sum()), mesh, r
+    raise AssertionError("Newton's method did not converge")
+
+
+def minimised(d, r0, r1, theta, cells=1000):
+    """Its extrapolation to infinitely many cells: the cost, and the radii at angles."""
+    coarse, mesh, r_coarse = newton(d, r0, r1, theta, cells)
+    fine, _, r_fine = newton(d, r0, r1, theta, 2 * cells)
+    return (4 * fine - coarse) / 3, mesh, (4 * r_fine[::2] - r_coarse) / 3
+
+
+DEPTHS = {
+    "typical": (0.6, -0.8),
+    "straddling": (-0.9, 0.9),
+    "outside": (1.3, 0.5),
+    "inside": (-1.0, -0.7),
+    "equal": (0.4, 0.4),
+    "at the mode": (0.0, 0.3),
+}
+
+
+@pytest.mark.parametrize("d", [1024, 16384])
+@pytest.mark.parametrize("degrees", [90, 1, 0.3, 0.05])
+@pytest.mark.parametrize("depths", DEPTHS.values(), ids=DEPTHS)
+def test_equal_to_an_independent_minimisation(d, degrees, depths):
+    r0, r1 = (math.sqrt(d - 1) + depth for depth in depths)
+    theta = math.radians(degrees)
+    expected, mesh, radii = minimised(d, r0, r1, theta)
+    assert cost_in_plane(d, r0, r1, theta) == pytest.approx(expected, rel=1e-8)
+    path = plane_radii(d, np.array([[r0, r1]]), np.array([theta]), mesh[None] / theta)[0]
+    assert path == pytest.approx(radii, abs=1e-5)
+
+
+@pytest.mark.parametrize("d", [4, 64])
+@pytest.mark.parametrize("degrees", [120, 40, 5])
+@pytest.mark.parametrize("ratios", [(0.9, 1.1), (1.2, 1.05), (0.7, 0.9), (1.05, 1.05)])
+def test_few_dimensions_where_the_two_ends_feel_each_other(d, degrees, ratios):
+    r0, r1 = (ratio * math.sqrt(d - 1) for ratio in ratios)
+    theta = math.radians(degrees)
+    expected, mesh, radii = minimised(d, r0, r1, theta)
+    assert cost_in_plane(d, r0, r1, theta) == pytest.approx(expected, rel=1e-8)
+    path = plane_radii(d, np.array([[r0, r1]]), np.array([theta]), mesh[None] / theta)[0]
+    assert path == pytest.approx(radii, abs=1e-5)
+
+
+@pytest.mark.parametrize("depths", [(0.6, -0.8), (1.3, 0.5), (-1.0, -0.7)])
+def test_the_two_forms_of_the_solution_meet(depths):
+    """Beyond some arc f grows by exactly m* a radian; the change of form lies within these angles."""
+    g = radial(1024)
+    theta = np.linspace(20, 60, 41) / g.kappa
+    r = np.tile(g.mode + np.array([depths]), (41, 1))
+    cost = plane_cost(1024, r, theta)
+    assert np.diff(cost) == pytest.approx(g.m * np.diff(theta), rel=1e-7)
+    inside = plane_radii(1024, r, theta, np.full((41, 1), 1 / 3))
+    assert inside[-1] == pytest.approx(g.best, abs=1e-6)
+    assert (np.diff(np.abs(inside[:, 0] - g.best)) < 1e-12).all()
+
+
+@given(
+    d=st.sampled_from([64, 1024, 16384]),
+    ratios=st.tuples(st.floats(0.4, 3), st.floats(0.4, 3)),
+    theta=st.floats(1e-3, 3),
+)
+@example(d=16384, ratios=(0.7, 0.72), theta=0.2)  # across, although the way by r* would have σ = 0
+@example(d=16384, ratios=(0.7, 0.72), theta=0.5)  # and by r*
+@settings(deadline=None, max_examples=40)
+def test_no_dearer_than_the_chord_the_rim_or_the_way_by_r_star(d, ratios, theta):
+    """Far from r* there are several candidates; at least these must not be better."""
+    g = radial(d)
+    r0, r1 = (ratio * g.mode for ratio in ratios)
+    cost = cost_in_plane(d, r0, r1, theta)
+    near, far = sorted((r0, r1))
+    along = quad(lambda s: float(g.weight(s)), near, far, epsrel=1e-10)[0]
+    assert cost >= along * (1 - 1e-9)
+    for r in (r0, r1):
+        assert cost <= (along + r * float(g.weight(r)) * theta) * (1 + 1e-9)
+    assert cost <= float(line_cost(torch.stack(at_angle(d, r0, r1, theta)))) * (1 + 1e-9)
+    E = g.layer(g.depth(np.array([r0, r1])))[0].sum()
+    straddles = (r0 - g.best) * (r1 - g.best) < 0
+    assert cost <= (g.m * theta + E) * (1 + 1e-9) or straddles  # a straddling path cuts the corners at r*
+
+
+# --- paths between seeds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("d", "depths", "theta"),
+    [
+        (64, (0.5, -0.4), 1.6),
+        (64, (0.5, 0.4), 0.3),
+        (64, (3.0, 2.5), 0.5),
+        (1024, (0.5, -0.4), 1.6),
+        (1024, (-0.5, -0.4), 0.01),
+        (1024, (7.0, 9.0), 0.1),
+        (1024, (-7.0, -9.0), 0.1),
+    ],
+)
+def test_the_points_lie_on_a_curve_of_that_cost(d, depths, theta):
+    a, b = at_angle(d, *(math.sqrt(d - 1) + depth for depth in depths), theta)
+    coarse, fine = (float(line_cost(nao_path(a, b, n + 1))) for n in (1500, 3000))
+    assert (4 * fine - coarse) / 3 == pytest.approx(float(distance(a, b)), rel=1e-6)
+
+
+def test_cheaper_than_slerp_and_slerp_cheaper_than_lerp():
+    for part in range(10):
+        z0, z1 = seeds(200, 1024, part).chunk(2)
+        exact = distance(z0, z1)
+        on_slerp = curve_cost(lambda t, a=z0, b=z1: slerp(a, b, t))
+        on_lerp = line_cost(torch.stack([z0, z1], dim=1))
+        assert bool((exact < on_slerp).all())
+        assert bool((on_slerp < on_lerp).all())
+
+
+def test_points_are_typical_noise_in_the_plane_of_the_seeds():
+    d = 16384
+    z = seeds(20, d)
+    path = nao_path(z[:10], z[10:], 11)
+    values = path.flatten(-3).numpy()
+    assert np.abs(stats.kurtosis(values, axis=-1)).max() <= 5 * math.sqrt(24 / d)
+    assert np.linalg.norm(values[:, 1:-1], axis=-1) == pytest.approx(radial(d).best, abs=1e-9)
+    for a, b, points in zip(z[:10], z[10:], path, strict=True):
+        plane = torch.linalg.qr(torch.stack([a, b]).flatten(1).T).Q
+        x = points.flatten(1)
+        assert float((x - x @ plane @ plane.T).norm()) < 1e-10
+        steps = torch.nn.functional.cosine_similarity(x[1:], x[:-1]).arccos()
+        assert steps.numpy() == pytest.approx(float(steps.mean()), rel=1e-6)  # equal angles
+
+
+@given(rng_seed=st.integers(0, 10**6), t=st.floats(0, 1), scale=st.floats(0.5, 2))
+@settings(deadline=None, max_examples=15)
+def test_ends_and_symmetry(rng_seed, t, scale):
+    a, b = seeds(2, 64, rng_seed)
+    b = scale * b
+    torch.testing.assert_close(nao(a, b, 0.0), a)
+    torch.testing.assert_close(nao(a, b, 1.0), b)
+    torch.testing.assert_close(nao(a, b, t), nao(b, a, 1 - t), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("d", [64, 1024])
+def test_a_batch_is_a_loop(d):
+    z0, z1 = seeds(12, d).reshape(2, 2, 3, *SHAPES[d])
+    z1[0, 0] = z0[0, 0] + 1e-3 * z1[0, 0]  # one that is near, among others that may not be
+    t = torch.linspace(0.1, 0.9, 6).reshape(2, 3)
+    many, apart = nao(z0, z1, t), distance(z0, z1)
+    assert (many.shape, apart.shape) == (z0.shape, (2, 3))
+    for i in np.ndindex(2, 3):
+        torch.testing.assert_close(many[i], nao(z0[i], z1[i], float(t[i])), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(apart[i], distance(z0[i], z1[i]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(nao_path(z0, z1, 3)[..., 1, :, :, :], nao(z0, z1, 0.5), rtol=1e-12, atol=1e-12)
+
+
+def test_computed_in_double_and_returned_as_given():
+    z = seeds(3, 1024).float()
+    assert torch.equal(nao(z[0], z[1], 0.01), nao(z[0].double(), z[1].double(), 0.01).float())
+    assert torch.equal(nao_centroid(z), nao_centroid(z.double()).float())
+    assert nao_path(z[0], z[1], 5).dtype == nao_centroid_paths(z, 5).dtype == torch.float32
+    assert torch.equal(nao_path(z[0], z[1], 5)[[0, -1]], z[:2])
+    assert distance(z[0], z[1]).dtype == torch.float64
+
+
+# --- the distance ------------------------------------------------------------------------------------------
+
+
+triples = st.tuples(st.integers(0, 10**6), *[st.floats(0.5, 2)] * 3, st.sampled_from([1.0, 0.1, 1e-3]))
+
+
+@given(triples)
+@settings(deadline=None, max_examples=30)
+def test_a_metric(drawn):
+    """Also of seeds that are near each other (the last number) and have untypical norms."""
+    rng_seed, *scales, spread = drawn
+    first, *others = seeds(3, 64, rng_seed)
+    x, y, z = (
+        scale * v for scale, v in zip(scales, [first, *(first + spread * o for o in others)], strict=True)
+    )
+    xy, yz, xz = float(distance(x, y)), float(distance(y, z)), float(distance(x, z))
+    assert min(xy, yz, xz) > 0
+    assert float(distance(y, x)) == pytest.approx(xy, rel=1e-12)
+    assert float(distance(x, x)) == 0
+    assert xz <= (xy + yz) * (1 + 1e-10)
+    assert xy <= (xz + yz) * (1 + 1e-10)
+
+
+@pytest.mark.parametrize("d", [64, 1024])
+def test_a_point_of_the_path_divides_the_distance(d):
+    a, b = seeds(2, d)
+    for t in (0.003, 0.1, 0.5):
+        z = nao(a, b, t)
+        assert float(distance(a, z) + distance(z, b)) == pytest.approx(float(distance(a, b)), rel=1e-9)
+
+
+def test_identical_seeds():
+    a = seeds(1)[0]
+    assert float(distance(a, a)) == 0
+    torch.testing.assert_close(nao_path(a, a, 4), a.expand(4, -1, -1, -1))
+
+
+@pytest.mark.parametrize("ratio", [1 + 1e-9, 1.2, 0.6])
+def test_parallel_seeds_are_joined_along_the_radius(ratio):
+    a = seeds(1)[0]
+    g, r = radial(64), float(a.norm())
+    expected = abs(quad(lambda s: float(g.weight(s)), r, ratio * r, epsrel=1e-12)[0])
+    assert float(distance(a, ratio * a)) == pytest.approx(expected, rel=1e-6)
+    path = nao_path(a, ratio * a, 9)
+    assert float(line_cost(path)) == pytest.approx(expected, rel=1e-6)
+    b = seeds(2)[1]
+    torch.testing.assert_close(
+        path, nao_path(a, ratio * (a + 1e-7 * b), 9), rtol=1e-4, atol=1e-4
+    )  # the limit
+
+
+@pytest.mark.parametrize("d", [64, 1024])
+@pytest.mark.parametrize("apart", [1e-12, 1e-8, 1e-4, 1e-2])
+def test_nearly_parallel_seeds(d, apart):
+    a, b = seeds(2, d)
+    near = a + apart * b
+    f = float(distance(a, near))
+    here = float(radial(d).weight(float(a.norm())))
+    # two relative errors: of a difference of two seeds in float64, and of w between them
+    assert f == pytest.approx(here * apart * float(b.norm()), rel=1e-3 / apart * 1e-12 + 20 * apart)
+    path = nao_path(a, near, 5)
+    assert float(line_cost(path)) == pytest.approx(f, rel=1e-3 / apart * 1e-12 + 20 * apart)
+
+
+def test_opposite_seeds_have_a_distance_but_no_one_path():
+    a, b = seeds(2, 1024)
+    g = radial(1024)
+    r = np.array([float(a.norm()), 1.1 * float(a.norm())])
+    expected = math.pi * g.m + g.layer(g.depth(r))[0].sum()
+    assert float(distance(a, -1.1 * a)) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="opposite"):
+        nao(a, -1.1 * a, 0.5)
+    almost = nao_path(a, 1e-2 * b - a, 9)
+    assert float(almost[4].norm()) == pytest.approx(g.best, abs=1e-6)
+    assert float(distance(a, almost[4])) == pytest.approx(float(distance(almost[4], 1e-2 * b - a)), rel=1e-3)
+
+
+def test_what_is_no_pair_of_seeds_is_refused():
+    a, b = seeds(2)
+    with pytest.raises(ValueError, match=r"norms in 64 dimensions are near 7.937.*rescale"):
+        nao(a, 0 * b, 0.5)
+    with pytest.raises(ValueError, match="rescale"):
+        distance(a, 20 * b)
+    with pytest.raises(ValueError, match="rescale"):
+        nao(a, torch.full_like(b, float("nan")), 0.5)
+    with pytest.raises(ValueError, match="at least its two ends"):
+        nao_path(a, b, 1)
+    with pytest.raises(ValueError, match="at least 4"):
+        nao(a[:3, :1, :1], b[:3, :1, :1], 0.5)
+
+
+# --- costs along given curves ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [64, 16384])
+def test_the_cost_along_lines_is_the_integral(d):
+    a, b, c = seeds(3, d)
+    w = radial(d).weight
+
+    def integral(a, b):
+        def rate(t):
+            return float(w(float(torch.lerp(a, b, t).norm()))) * float((b - a).norm())
+
+        return quad(rate, 0, 1, epsabs=0, epsrel=1e-10)[0]
+
+    assert float(line_cost(torch.stack([a, b, b, c]))) == pytest.approx(
+        integral(a, b) + integral(b, c), rel=1e-9
+    )
+    assert float(curve_cost(lambda t: torch.lerp(a, b, t), 4)) == pytest.approx(integral(a, b), rel=1e-9)
+    # through the origin, where w has no value; −log χ is integrable there
+    through = float(line_cost(torch.stack([a, -a])))
+    assert through == pytest.approx(
+        2 * quad(lambda s: float(w(s)), 0, float(a.norm()), epsrel=1e-10)[0], rel=1e-7
+    )
+
+
+def test_the_cost_of_slerp_is_the_limit_of_its_polylines():
+    a, b = seeds(2, 1024)
+    fine = [float(line_cost(torch.stack([slerp(a, b, i / n) for i in range(n + 1)]))) for n in (1000, 2000)]
+    assert float(curve_cost(lambda t: slerp(a, b, t))) == pytest.approx((4 * fine[1] - fine[0]) / 3, rel=1e-8)
+
+
+# --- centroids ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [5, 10])
+def test_no_better_centroid_is_found_in_the_span(k):
+    d = 16384
+    z = seeds(k, d, rng_seed=k)
+    basis, triangle = (m.numpy() for m in torch.linalg.qr(z.flatten(1).T))
+    points = triangle.T  # the seeds in coordinates of their span
+
+    def totals(centres):
+        r = np.stack(
+            np.broadcast_arrays(np.linalg.norm(centres, axis=1)[:, None], np.linalg.norm(points, axis=1))
+        )
+        cosine = centres @ points.T / r.prod(axis=0)
+        return (
+            plane_cost(d, r.reshape(2, -1).T, np.arccos(np.clip(cosine, -1, 1)).ravel()).reshape(-1, k).sum(1)
+        )
+
+    def total(x):
+        """Of a norm in units of √d and a direction, and its gradient by differences."""
+        x = x + 1e-6 * np.concatenate([np.zeros((1, k + 1)), np.eye(k + 1), -np.eye(k + 1)])
+        values = totals(x[:, :1] * math.sqrt(d) * x[:, 1:] / np.linalg.norm(x[:, 1:], axis=1, keepdims=True))
+        return values[0], (values[1 : k + 2] - values[k + 2 :]) / 2e-6
+
+    c = nao_centroid(z)
+    best = float(distance(c.expand_as(z), z).sum())
+    assert totals((basis.T @ c.flatten().numpy())[None])[0] == pytest.approx(best, rel=1e-10)
+    rng = np.random.default_rng(k)
+    found = []
+    for _ in range(20):
+        start = np.append(rng.uniform(0.5, 1.5), rng.normal(size=k))
+        limits = [(0.4, 3), *[(None, None)] * k]
+        found.append(minimize(total, start, method="L-BFGS-B", jac=True, bounds=limits).fun)
+    assert min(found) >= best * (1 - 1e-9)
+    assert min(found) == pytest.approx(best, rel=1e-6)
+
+
+def test_leaving_the_span_or_the_norm_costs():
+    z = seeds(4, 1024)
+    c = nao_centroid(z)
+    best = distance(c.expand_as(z), z).sum()
+    assert float(c.norm()) == pytest.approx(radial(1024).best, rel=1e-12)
+    for step in 0.3 * seeds(20, 1024, 1):
+        turned = (c + step) * (c.norm() / (c + step).norm())
+        assert distance(turned.expand_as(z), z).sum() > best
+    for factor in (0.99, 1.01):
+        assert distance((factor * c).expand_as(z), z).sum() > best
+
+
+def test_centroids_of_a_batch_with_weights():
+    z = seeds(6, 64).reshape(2, 3, *SHAPES[64])
+    w = torch.tensor([[0.2, 0.3, 0.5], [1.0, 1.0, 1.0]])
+    c = nao_centroid(z, w)
+    for i in range(2):
+        torch.testing.assert_close(c[i], nao_centroid(z[i], w[i]))
+        direction = geometric_median(z[i], w[i])
+        torch.testing.assert_close(c[i] / c[i].norm(), direction / direction.norm())
+    torch.testing.assert_close(c[1], nao_centroid(z[1]))
+
+
+def test_paths_from_the_seeds_to_the_centroid():
+    z = seeds(6, 64).reshape(2, 3, *SHAPES[64])
+    paths, c = nao_centroid_paths(z, 5), nao_centroid(z)
+    assert paths.shape == (2, 3, 5, *SHAPES[64])
+    torch.testing.assert_close(paths[:, :, 0], z)
+    torch.testing.assert_close(paths[:, :, -1], c[:, None].expand_as(z))
+    torch.testing.assert_close(paths[1, 2], nao_path(z[1, 2], c[1], 5))
+
+
+# --- the stage ---------------------------------------------------------------------------------------------
+
+
+STREAM = (7, "bird", "rare")
+
+
+def draws(method, count, seeds):
+    return [method.draw(Chance(i, STREAM), seeds) for i in range(count)]
+
+
+def test_a_path_of_ten_points():
+    z = seeds(2).float()
+    method = Nao(Nao.Config(points=10))
+    drawn = draws(method, 20, 5)
+    assert len({d.parents for d in drawn[:10]}) == 1
+    made = torch.stack([method(z, d.weights, {}) for d in drawn[:10]])
+    torch.testing.assert_close(made, nao_path(z[0], z[1], 12)[1:-1])
+    assert method.seeds_needed() == 2
+
+
+def test_a_centroid_of_a_group():
+    z = seeds(4).float()
+    method = Nao(Nao.Config(mode="centroid", group=4, weights="dirichlet"))
+    drawn = method.draw(Chance(3, STREAM), 9)
+    w = torch.tensor(drawn.weights, dtype=torch.float64)
+    torch.testing.assert_close(method(z, drawn.weights, {}), nao_centroid(z, w))
+    assert method.seeds_needed() == 4
+
+
+def test_points_on_all_paths_to_a_centroid():
+    z = seeds(3).float()
+    method = Nao(Nao.Config(mode="centroid_paths", group=3, points=4))
+    drawn = draws(method, 24, 8)
+    assert [len({d.parents for d in part}) for part in (drawn[:12], drawn[12:])] == [1, 1]
+    made = torch.stack([method(z, d.weights, {}) for d in drawn[:12]])
+    torch.testing.assert_close(made.reshape(3, 4, *z.shape[1:]), nao_centroid_paths(z, 6)[:, 1:-1])
+    # its groups are those that mode centroid draws
+    assert drawn[12].parents == Nao(Nao.Config(mode="centroid")).draw(Chance(1, STREAM), 8).parents
+
+
+def test_a_random_path_to_a_centroid():
+    method = Nao(Nao.Config(mode="centroid_paths", group=3))
+    drawn = draws(method, 600, 5)
+    weights = np.array([d.weights for d in drawn])
+    assert weights.sum(axis=1) == pytest.approx(1)
+    j, t = weights.argmax(axis=1), 3 * weights.min(axis=1)
+    assert stats.kstest(t, "uniform").pvalue > 1e-4
+    assert stats.chisquare(np.bincount(j)).pvalue > 1e-4
+    assert abs(stats.spearmanr(j, t).statistic) < 0.17
+    z = seeds(3)
+    torch.testing.assert_close(
+        method(z, drawn[0].weights, {}), nao(z[j[0]], nao_centroid(z), float(t[0])), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_the_ends_of_a_path_to_a_centroid(t):
+    z = seeds(3)
+    method = Nao(Nao.Config(mode="centroid_paths", group=3, t=t))
+    drawn = method.draw(Chance(0, STREAM), 3)
+    expected = nao_centroid(z) if t else z[drawn.weights.index(1.0)]
+    torch.testing.assert_close(method(z, drawn.weights, {}), expected)
+
+
+@pytest.mark.parametrize("mode", ["path", "centroid", "centroid_paths"])
+def test_whitened_seeds(mode):
+    z = seeds(3) + 0.5 * seeds(1, rng_seed=9)
+    z = z[:2] if mode == "path" else z
+    config = {"mode": mode, "group": len(z)}
+    weights = Nao(Nao.Config(**config)).draw(Chance(0, STREAM), len(z)).weights
+    whitened = Nao(Nao.Config(**config, whiten=True))(z, weights, {})
+    torch.testing.assert_close(whitened, Nao(Nao.Config(**config))(whiten(z), weights, {}))
+
+
+def test_settings_that_contradict_each_other():
+    with pytest.raises(ValidationError, match=r"weights = dirichlet.*only: equal"):
+        Nao.Config(mode="centroid_paths", weights="dirichlet")
+    with pytest.raises(ValidationError, match="set one of them"):
+        Nao.Config(t=0.5, points=3)
