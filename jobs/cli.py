@@ -5,9 +5,12 @@ from __future__ import annotations
 import typer
 
 from jobs import build, init, pack, plan, reproduce, schema, show, status, verify
+from jobs.benchmarks.nao import nao
 from jobs.benchmarks.overhead import overhead
 from jobs.entry import guarded
+from jobs.evaluate import evaluations
 from jobs.train_tangram import train_tangram
+from jobs.train_traversal import train_traversal
 
 app = typer.Typer(
     help="Few real images and a diffusion model in, a dataset that trains out.",
@@ -25,10 +28,13 @@ app.command("show")(show.show)
 app.command("reproduce")(reproduce.reproduce)
 app.command("schema")(schema.schema)
 app.command("train-tangram")(train_tangram)
+app.command("train-traversal")(train_traversal)
 
 benchmarks = typer.Typer(help="Measure what the product promises, on this machine.", no_args_is_help=True)
 benchmarks.command("overhead")(overhead)
+benchmarks.command("nao")(nao)
 app.add_typer(benchmarks, name="benchmark")
+app.add_typer(evaluations, name="evaluate")
 
 
 def main() -> None:
