@@ -1,4 +1,7 @@
-"""`seedloom show URI`: a contact sheet. Per target, references beside accepted and rejected candidates."""
+"""`seedloom show URI`: a contact sheet. Per target, references beside accepted and rejected candidates.
+
+With `--subspace CLASS`, what the model draws in a plane through reference seeds of a class.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.options import BuildId, Uri
+from schemas.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CELL, GAP, CAPTION, MARGIN = 72, 4, 18, 16  # pixels
+EXTENT = 2**0.5  # of the plane: as far from the middle as independent seeds are
 COLUMNS = (("references", 4), ("accepted", 8), ("rejected", 4))  # heading, images a row
 INK, PAPER, FAINT, RED, GREEN = "#1d1f21", "#ffffff", "#8a8f94", "#c0392b", "#2e8b57"
 
@@ -22,6 +27,10 @@ def show(
     build: BuildId = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("contact_sheet.png"),
     rows: Annotated[int, typer.Option(min=1, help="Rows of images for each target.")] = 2,
+    subspace: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Draw a plane through seeds of this class instead.")
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="Images along each side of that plane.")] = 9,
 ) -> None:
     """Write a contact sheet of a build as a PNG."""
     from pipeline.ledger import named, replan
@@ -29,8 +38,48 @@ def show(
 
     store = Store(uri)
     manifest = named(store, build)
-    sheet(store, manifest, replan(store, manifest), rows).save(out)
+    plan = replan(store, manifest)
+    picture = plane(plan, uri, subspace, points) if subspace else sheet(store, manifest, plan, rows)
+    picture.save(out)
     print(out)
+
+
+def plane(plan: Any, uri: str, label: str, points: int) -> Image:
+    """points × points images from the plane through the first three seeds of a class, their centroid amid.
+
+    Great circles are straight lines in it. Seeds that are independent lie at √2 from the middle: the first
+    half-way down the right edge, the two others on the left, above and below.
+    """
+    import torch
+    from PIL import Image
+
+    from pipeline.worker import Worker
+    from stages.combine.subspace import grid
+    from stages.images import to_uint8
+
+    stream = next((s for s in plan.streams if s.label == label and s.seeds), None)
+    if stream is None:
+        known = ", ".join(sorted({s.label for s in plan.streams if s.seeds})) or "none"
+        raise UserError(f"--subspace {label!r}: no recipe of this class has seeds; classes that do: {known}")
+    worker = Worker(plan, uri)
+    seeds = worker.materials(stream.id).seeds
+    assert seeds is not None
+    if len(seeds.references) < 3:
+        raise UserError(f"--subspace {label!r}: a plane needs 3 seeds, there are {len(seeds.references)}")
+    z_NCHW = grid(seeds.z_KCHW[:3], points, EXTENT).flatten(0, 1).float()
+    page = None
+    for start in range(0, len(z_NCHW), stream.batch):
+        batch = z_NCHW[start : start + stream.batch]
+        filled = torch.cat([batch, batch[:1].expand(stream.batch - len(batch), -1, -1, -1)])
+        image_B3hw = worker.dags[stream.recipe].generate(
+            worker.backbone, filled.to(worker.device), stream.prompt
+        )
+        for place, pixels_hw3 in enumerate(to_uint8(image_B3hw)[: len(batch)], start):
+            side = pixels_hw3.shape[0]
+            page = page or Image.new("RGB", (points * side, points * side))
+            page.paste(Image.fromarray(pixels_hw3), (place % points * side, place // points * side))
+    assert page is not None
+    return page
 
 
 def sheet(store: Any, manifest: Any, plan: Any, rows: int) -> Image:

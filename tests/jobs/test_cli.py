@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -306,6 +307,33 @@ def test_json_is_one_object_a_line(seedloom, tmp_path, drawings):
     assert (again["event"], again["made"], again["samples"]) == ("complete", False, 6)
     assert again["build"] == lines[-1]["build"]
     assert json.loads(seedloom("pack", path, "--json").out)["samples"] == 6
+
+
+def test_show_draws_a_plane_through_the_seeds_of_a_class(seedloom, output, tmp_path):
+    """Its middle is their centroid, drawn as the recipe draws."""
+    from pipeline.ledger import named, replan
+    from pipeline.store import Store
+    from pipeline.worker import Worker
+    from stages.combine.cog import cog
+    from stages.images import to_uint8
+
+    shown = seedloom("show", output, "--subspace", "gear", "--points", 3, "--out", tmp_path / "plane.png")
+    assert shown.code == 0, shown.err
+    store = Store(str(output))
+    plan = replan(store, named(store))
+    worker = Worker(plan, str(output))
+    stream = next(s for s in plan.streams if s.label == "gear")
+    z_CHW = cog(worker.materials(stream.id).seeds.z_KCHW[:3])
+    generate = worker.dags[stream.recipe].generate
+    expected = to_uint8(
+        generate(worker.backbone, z_CHW[None].expand(stream.batch, -1, -1, -1), stream.prompt)
+    )
+    with Image.open(tmp_path / "plane.png") as image:
+        assert image.size == (3 * 64, 3 * 64)
+        middle = np.asarray(image)[64:128, 64:128].astype(int)
+    assert np.abs(middle - expected[0].astype(int)).max() <= 1
+    unknown = told(seedloom("show", output, "--subspace", "rose"))
+    assert "no recipe of this class has seeds; classes that do: circle, gear, ring" in unknown
 
 
 def test_status_shows_history_and_sums(seedloom, built, output):
