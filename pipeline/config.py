@@ -126,7 +126,7 @@ class Recipe(Settings):
     """A chain of methods: invert → combine → refine → generate, and how it is cut into units."""
 
     invert: InvertSettings | None = None
-    """How references become seeds; DDIM when `combine` is set. Not run for a recipe without `combine`."""
+    """How references become seeds; fixed_point when `combine` is set. Not run for a recipe without `combine`."""
     combine: CombineSettings | None = None
     """How a candidate's seed comes from reference seeds; none: the seed is random noise."""
     refine: RefineSettings | None = None
@@ -151,7 +151,7 @@ class Recipe(Settings):
         if self.combine is None and self.invert is not None:
             raise PydanticCustomError("said", "invert makes seeds that nothing uses: set combine as well")
         if self.combine is not None and self.invert is None:
-            default = registry.resolve("invert", "ddim").Config()
+            default = registry.resolve("invert", "fixed_point").Config()
             object.__setattr__(self, "invert", default)
         return self
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 STEPS = (10, 20, 50, 100, 150)
 LEFT_OUT = {"flow": "it inverts flow-matching models, and tangram predicts noise"}
+VARIANTS: dict[str, dict[str, Any]] = {  # beside every method with its own settings
+    "fixed_point, exact": {"method": "fixed_point", "start_noise": 0.0},
+}
 OUT_OF_DISTRIBUTION = 1.5  # proxy A-distance, in the paper
 CALLS = 150  # of the model, at most, for the default
 NAIVE = ("ddim", 50)
@@ -83,13 +86,14 @@ def inversion(
     for n in counts:
         timesteps(backbone, n)  # raises for more than there are
     whole = {images.name: images for images in image_sets(told_apart)}
-    methods = [name for name in registry.names("invert") if name not in LEFT_OUT]
+    methods = {name: {"method": name} for name in registry.names("invert") if name not in LEFT_OUT}
+    methods |= VARIANTS
     measured: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     made = 0
-    for method in methods:
+    for method, settings in methods.items():
         for n in counts:
             for name, images_of in whole.items():
-                rows, new = _measures(store, backbone, method, n, images_of.first(count))
+                rows, new = _measures(store, backbone, {**settings, "steps": n}, images_of.first(count))
                 measured[name, method, n] = rows
                 made += new
             print(f"{method}, {n} steps: measured", flush=True)
@@ -108,15 +112,16 @@ def inversion(
 
 
 def _measures(
-    store: Store, backbone: Backbone, name: str, steps: int, images: ImageSet
+    store: Store, backbone: Backbone, settings: Mapping[str, Any], images: ImageSet
 ) -> tuple[list[dict[str, float]], bool]:
     """One mapping of measures an image, from the store or measured now; whether it was now."""
     from schemas.ids import fingerprint, sha256
     from schemas.sealed import seal, unseal
     from stages import registry
 
+    name = settings["method"]
     cls: Any = registry.resolve("invert", name)
-    method = cls(cls.Config.model_validate({"method": name, "steps": steps}))
+    method = cls(cls.Config.model_validate(settings))
     identity = {
         "backbone": backbone.fingerprint,
         "method": name,
@@ -126,7 +131,7 @@ def _measures(
         "images": sha256(images.image_N3hw.numpy().tobytes()),
         "batch": BATCH,
     }
-    place = f"{name}-{steps}/{fingerprint(identity)}.json"
+    place = f"{name}-{settings['steps']}/{fingerprint(identity)}.json"
     try:
         return unseal(store.get(place), f"{store.uri}/{place}")["rows"], False
     except FileNotFoundError:

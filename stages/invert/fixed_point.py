@@ -150,9 +150,10 @@ class FixedPoint(Invert):
         """Model calls in a step, at most. Two or three suffice but in the step nearest to the image."""
         tolerance: float = Field(1e-3, gt=0)
         """A step is solved when an iteration changes its latent by no more: root mean square; noise has 1."""
-        start_noise: float = Field(0.0, ge=0)
+        start_noise: float = Field(0.05, ge=0)
         """Standard deviation of the noise that is added to the latent first, which itself has about 1. The
-        latent that is drawn keeps it: an error of its square."""
+        latent that is drawn keeps it: an error of its square. 0: the image itself is drawn again. The default
+        is what made tangram's seeds typical (`seedloom evaluate inversion`)."""
 
     def __call__(self, backbone: Backbone, image_B3hw: Float[Tensor, "B 3 h w"], prompt: str) -> Inverted:
         sampler = Sampler(self.config.steps, self.config.guidance)

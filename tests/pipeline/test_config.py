@@ -18,7 +18,7 @@ def test_the_shortest_config_has_defaults_that_work():
     config = parse(SHORTEST, "x")
     (recipe,) = config.recipes.values()
     assert recipe.combine.method == "cog"
-    assert recipe.invert.method == "ddim"
+    assert recipe.invert.method == "fixed_point"
     assert config.shares(config.targets[0]) == {"default": 1.0}
 
 

@@ -115,7 +115,7 @@ def test_every_inversion_on_every_set_and_a_second_run_measures_nothing(seedloom
     assert ended.code == 0, ended.err
     rows = pq.read_table(tmp_path / "inversion.parquet").to_pylist()
     found = {(r["table"], r["row"], r["metric"]): r for r in rows}
-    methods = [name for name in registry.names("invert") if name != "flow"]
+    methods = [name for name in registry.names("invert") if name != "flow"] + list(VARIANTS)
     for images in image_sets(2):
         assert ("proxy A-distance", images.name, "pad") in found
         for method in methods:

@@ -15,7 +15,7 @@ from stages.sampling import denoise
 # With settings under which it is as exact as it can be.
 METHODS = [
     (DdimInversion, {}),
-    (FixedPoint, {"iterations": 60, "tolerance": 1e-11}),
+    (FixedPoint, {"iterations": 60, "tolerance": 1e-11, "start_noise": 0.0}),
     (Belm, {}),
     (RegularizedInversion, {"autocorrelation": 0.0, "kl": 0.0}),
 ]
@@ -30,7 +30,7 @@ def inverted(cls, backbone, image_B3hw, **config):
     [
         (DdimInversion, {"guidance": 2.0}),
         (FixedPoint, {"guidance": 2.0, "iterations": 4, "start_noise": 0.05}),
-        (FixedPoint, {"iterations": 12}),
+        (FixedPoint, {"iterations": 12, "start_noise": 0.0}),
         (Belm, {"guidance": 2.0}),
         (RegularizedInversion, {}),
     ],
