@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.evaluate.inversion import DECIDING, MEASURED, atypical, decision, proxy_a_distance
+from jobs.evaluate.inversion import DECIDING, MEASURED, VARIANTS, atypical, decision, proxy_a_distance
 from jobs.evaluate.sets import image_sets, training_drawings
 from jobs.tangram.data import to_model
 from jobs.tangram.drawings import CLASSES, COUNTS, HEAD, RARE, draw, generator
