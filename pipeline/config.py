@@ -126,7 +126,7 @@ class Recipe(Settings):
     """A chain of methods: invert → combine → refine → generate, and how it is cut into units."""
 
     invert: InvertSettings | None = None
-    """How references become seeds; fixed_point when `combine` is set. Not run for a recipe without `combine`."""
+    """How references become seeds: fixed_point unless set; only a recipe with `combine` inverts."""
     combine: CombineSettings | None = None
     """How a candidate's seed comes from reference seeds; none: the seed is random noise."""
     refine: RefineSettings | None = None
