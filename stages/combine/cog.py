@@ -23,11 +23,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 
 from schemas.records import Combination
 from stages import registry
-from stages.combine.draw import GroupSettings, PaceSettings, group, pair
+from stages.combine.draw import GroupSettings, PaceSettings, group, pair, refuse_idle
 from stages.combine.latents import weighted_sum
 from stages.combine.lerp import chord_fraction
 from stages.combine.whiten import whiten
@@ -66,6 +67,12 @@ class Cog(Combine):
         method: Literal["cog"] = "cog"
         mode: Literal["interpolation", "centroid"] = "interpolation"
         """interpolation: two distinct seeds and a point between them; centroid: a group of distinct seeds."""
+
+        @model_validator(mode="after")
+        def _nothing_idle(self) -> Cog.Config:
+            used = {"interpolation": ("t", "points", "pace"), "centroid": ("group", "weights")}
+            refuse_idle(self, self.mode, used)
+            return self
 
     def seeds_needed(self) -> int:
         return 2 if self.config.mode == "interpolation" else self.config.group

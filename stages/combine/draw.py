@@ -66,6 +66,26 @@ class GroupSettings(Settings):
     """Make the seeds uncorrelated first (see `stages.combine.whiten`)."""
 
 
+def refuse_idle(settings: Settings, mode: str, used: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise for a setting that is not the default and that only other modes use.
+
+    `used` has for each mode the settings that not all modes have.
+    """
+    for name in dict.fromkeys(name for names in used.values() for name in names):
+        value = getattr(settings, name)
+        if name not in used[mode] and value != type(settings).model_fields[name].default:
+            raise PydanticCustomError(
+                "said",
+                "{name} = {value} does nothing in mode {mode}; leave it out, or set mode: {modes}",
+                {
+                    "name": name,
+                    "value": value,
+                    "mode": mode,
+                    "modes": " or ".join(m for m, names in used.items() if name in names),
+                },
+            )
+
+
 def pair(chance: Chance, seeds: int, t: float | None, points: int | None) -> Combination:
     """Two distinct seeds, and the weights (1 − t, t)."""
     rng = chance.own() if points is None else chance.shared("pair", chance.index // points)

@@ -33,14 +33,13 @@ import torch
 from jaxtyping import Float
 from numpy.polynomial import legendre
 from pydantic import model_validator
-from pydantic_core import PydanticCustomError
 from scipy.special import xlogy
 from torch import Tensor
 
 from schemas.records import Combination
 from stages import registry
 from stages.combine.clairaut import plane_cost, plane_radii
-from stages.combine.draw import GroupSettings, PairSettings, group, pair, place
+from stages.combine.draw import GroupSettings, PairSettings, group, pair, place, refuse_idle
 from stages.combine.geometric_median import geometric_median
 from stages.combine.latents import dimensions, group_double, pair_double, to_norm
 from stages.combine.radial import radial
@@ -179,14 +178,11 @@ class Nao(Combine):
         `points: n`, K·n candidates share a group of K, n for each of its seeds."""
 
         @model_validator(mode="after")
-        def _weights_say_where(self) -> Nao.Config:
-            if self.mode == "centroid_paths" and self.weights != "equal":
-                raise PydanticCustomError(
-                    "said",
-                    "weights = {weights} is for mode centroid; mode centroid_paths keeps places on paths in"
-                    " the weights and allows only: equal",
-                    {"weights": self.weights},
-                )
+        def _nothing_idle(self) -> Nao.Config:
+            # in mode centroid_paths the weights of a row say where on a path it is
+            path, centroid = ("t", "points"), ("group", "weights")
+            used = {"path": path, "centroid": centroid, "centroid_paths": ("group", *path)}
+            refuse_idle(self, self.mode, used)
             return self
 
     def seeds_needed(self) -> int:

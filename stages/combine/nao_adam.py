@@ -29,14 +29,15 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from schemas.ids import random_stream, sha256
 from schemas.records import Combination
 from schemas.settings import Settings
 from stages import registry
-from stages.combine.draw import group, pair
+from stages.combine.draw import group, pair, refuse_idle
 from stages.combine.latents import dimensions
 from stages.combine.slerp import slerp
 from stages.contract import Chance, Combine
@@ -135,13 +136,32 @@ class NaoAdam(Combine):
         method: Literal["nao_adam"] = "nao_adam"
         mode: Literal["path", "centroid"] = "path"
         """path: two seeds and a point between them; centroid: of a group."""
-        points: int = Field(10, ge=1)
-        """Inner points of a path, as many as are optimised; in mode path so many candidates share a pair. The
-        paper takes 10, the authors' code 48."""
+        path: int = Field(12, ge=3)
+        """Points of a path as it is optimised, both ends included. The paper has 10 between the ends, the
+        authors' code 50 in all, COG's comparison 11."""
+        points: int | None = Field(None, ge=1)
+        """So many candidates share each pair, at evenly spaced inner points of its path. Not set: all inner
+        points."""
         group: int = Field(3, ge=2)
         """Seeds in a centroid; the paper uses 3 to 25."""
         start: Literal["mean", "slerp"] = "mean"
         """Where a centroid starts: the seeds' mean (paper), or SLERP(½) of the first two (code)."""
+
+        @model_validator(mode="after")
+        def _points_of_the_path(self) -> NaoAdam.Config:
+            refuse_idle(self, self.mode, {"path": ("points",), "centroid": ("group", "start")})
+            if self.points is not None and (self.path - 1) % (self.points + 1):
+                raise PydanticCustomError(
+                    "said",
+                    "points = {points} are no points of an optimised path of {path}: path − 1 must be a"
+                    " multiple of points + 1, as with path: {fit}",
+                    {"points": self.points, "path": self.path, "fit": self._fit()},
+                )
+            return self
+
+        def _fit(self) -> int:
+            assert self.points is not None
+            return max(1, round((self.path - 1) / (self.points + 1))) * (self.points + 1) + 1
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -152,13 +172,13 @@ class NaoAdam(Combine):
 
     def draw(self, chance: Chance, seeds: int) -> Combination:
         if self.config.mode == "path":
-            return pair(chance, seeds, None, self.config.points)
+            return pair(chance, seeds, None, self.config.points or self.config.path - 2)
         return group(chance, seeds, self.config.group, "equal")
 
     def __call__(
         self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float], artifact: Mapping[str, Tensor]
     ) -> Float[Tensor, "C H W"]:
-        n = self.config.points + 2
+        n = self.config.path
         if self.config.mode == "centroid":
             return adam_centroid(z_KCHW, n, self.config.start)[0]
         # the candidates of a pair come one after another, and each would take seconds

@@ -164,3 +164,13 @@ def test_settings_outside_their_range_are_refused():
         Cog.Config(mode="centroid", group=1)
     with pytest.raises(ValidationError, match="'interpolation' or 'centroid'"):
         Cog.Config(mode="mean")
+
+
+def test_settings_of_the_other_mode_are_refused():
+    with pytest.raises(ValidationError, match=r"pace = angle does nothing in mode centroid; leave it out"):
+        Cog.Config(mode="centroid", pace="angle")
+    with pytest.raises(ValidationError, match=r"group = 5 does nothing in mode interpolation"):
+        Cog.Config(group=5)
+    for chosen in ({"mode": "centroid", "group": 5}, {"pace": "angle", "points": 3}):
+        written = Cog.Config(**chosen)
+        assert Cog.Config(**written.model_dump()) == written  # as it stands in a manifest

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy import stats
 
 from stages.combine import nao_adam
@@ -140,23 +141,32 @@ def test_what_cannot_be_a_path_is_refused():
         adam_centroid(z[:1], 3)
 
 
-def test_the_candidates_of_a_pair_are_the_points_of_one_path(steps):
+@pytest.mark.parametrize(("points", "places"), [(None, [1, 2, 3, 4, 5, 6, 7]), (3, [2, 4, 6]), (1, [4])])
+def test_the_candidates_of_a_pair_are_points_of_one_path(steps, points, places):
     steps(20)
-    z = seeds(2, (4, 4, 4))
-    method = NaoAdam(NaoAdam.Config(points=4))
-    drawn = [method.draw(Chance(i, STREAM), 6) for i in range(8)]
-    assert [len({d.parents for d in part}) for part in (drawn[:4], drawn[4:])] == [1, 1]
-    path = adam_path(z[0], z[1], 6)
-    for i in (2, 0, 1, 3):
-        assert torch.equal(method(z, drawn[i].weights, {}), path[i + 1])
-        assert torch.equal(method(z.flip(0), drawn[i].weights, {}), adam_path(z[1], z[0], 6)[i + 1])
+    z, count = seeds(2, (4, 4, 4)), len(places)
+    method = NaoAdam(NaoAdam.Config(path=9, points=points))
+    drawn = [method.draw(Chance(i, STREAM), 6) for i in range(2 * count)]
+    assert [len({d.parents for d in part}) for part in (drawn[:count], drawn[count:])] == [1, 1]
+    path = adam_path(z[0], z[1], 9)
+    for i in reversed(range(count)):
+        assert torch.equal(method(z, drawn[i].weights, {}), path[places[i]])
+        assert torch.equal(method(z.flip(0), drawn[i].weights, {}), adam_path(z[1], z[0], 9)[places[i]])
+
+
+def test_points_must_be_points_of_the_path():
+    with pytest.raises(ValidationError, match=r"points = 3 are no points of .* path of 12: .* path: 13"):
+        NaoAdam.Config(points=3)
+    NaoAdam.Config(points=3, path=13)
+    with pytest.raises(ValidationError, match=r"group = 5 does nothing in mode path; .* mode: centroid"):
+        NaoAdam.Config(group=5)
 
 
 @pytest.mark.parametrize("start", ["mean", "slerp"])
 def test_a_centroid_of_a_group(steps, start):
     steps(20)
     z = seeds(3, (4, 4, 4)).half()
-    method = NaoAdam(NaoAdam.Config(mode="centroid", points=2, start=start))
+    method = NaoAdam(NaoAdam.Config(mode="centroid", path=4, start=start))
     drawn = method.draw(Chance(0, STREAM), 5)
     assert (len(drawn.parents), method.seeds_needed()) == (3, 3)
     made = method(z, drawn.weights, {})
