@@ -21,7 +21,7 @@ from jobs.tangram.drawings import CLASSES, caption
 from jobs.tangram.training import Schedule, fit
 from jobs.tangram.words import LENGTH, new_tokenizer
 
-SCHEDULE = Schedule(steps=10000, learning_rate=1e-3, average=0.999)
+SCHEDULE = Schedule(steps=20000, learning_rate=1e-3, average=0.999)
 BATCH = 64
 TEXT_WIDTH = 128
 FEW = 500  # drawings of a class, below which quarter turns are added
