@@ -498,12 +498,16 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(tmp_path, trouble, calls):
 def test_a_damaged_part_is_named_in_one_line(tmp_path, seedloom, kind):
     path = config(tmp_path)
     run(path)
-    shutil.rmtree(tmp_path / "out" / "builds")
-    victim = next((tmp_path / "out" / kind).rglob("000000.parquet"))
-    data = victim.read_bytes()
-    victim.write_bytes(
-        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    table = pq.read_table(
+        next((tmp_path / "out" / "builds").rglob("000000.parquet")), columns=["stream", "unit"]
     )
+    sample = table.to_pylist()[0]  # of a part that packing reads
+    shutil.rmtree(tmp_path / "out" / "builds")
+    victim = next((tmp_path / "out" / kind / sample["stream"]).rglob(f"{sample['unit']:06d}.parquet"))
+    data = victim.read_bytes()
+    middle = len(data) // 2
+    # more than a page header, in which nothing may be of interest
+    victim.write_bytes(data[:middle] + bytes(b ^ 1 for b in data[middle : middle + 64]) + data[middle + 64 :])
     for command in ("build", "pack"):
         ended = seedloom(command, path)
         assert ended.code == 4
