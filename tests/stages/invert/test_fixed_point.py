@@ -117,12 +117,12 @@ def test_on_a_trained_model_it_is_far_better_than_ddim_for_as_many_calls(tangram
             again_BCHW = denoise(tangram, z_BCHW, "a photo of a circle", sampler)
             return rms(again_BCHW - z0_BCHW), rms(z_BCHW - seeds_BCHW)
 
-        z_BCHW, calls_B = invert_fixed_point(tangram, z0_BCHW, "a photo of a circle", sampler, 10, 1e-4)
+        z_BCHW, calls_B = invert_fixed_point(tangram, z0_BCHW, "a photo of a circle", sampler, 20, 1e-4)
         exact, found = errors(z_BCHW, sampler)
         slow = Sampler(int(calls_B.max()), 1.0)
         naive, _ = errors(invert_ddim(tangram, z0_BCHW, "a photo of a circle", slow), slow)
     assert exact < naive / 10
-    assert found < 0.1  # of 1: the seed itself, nearly
+    assert found < 0.05  # of 1: the seed itself, nearly
 
 
 def test_a_tighter_tolerance_costs_calls_and_buys_exactness(load_tiny, noise):
