@@ -1,4 +1,4 @@
-"""NAO: constants, paths against a minimiser that knows nothing of their form, metric, centroid, stage."""
+"""NAO: paths between seeds, metric, costs, centroid, stage."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import stats
 from scipy.integrate import quad
-from scipy.linalg import solveh_banded
 from scipy.optimize import minimize
-from scipy.special import gammaln
 
-from stages.combine.clairaut import plane_cost, plane_radii
+from stages.combine.clairaut import plane_cost
 from stages.combine.geometric_median import geometric_median
 from stages.combine.nao import (
     Nao,
@@ -32,185 +30,7 @@ from stages.combine.radial import radial
 from stages.combine.slerp import slerp
 from stages.combine.whiten import whiten
 from stages.contract import Chance
-
-SHAPES = {4: (1, 2, 2), 64: (4, 4, 4), 1024: (4, 16, 16), 16384: (4, 64, 64)}
-
-
-def seeds(count, d=64, rng_seed=0):
-    rng = torch.Generator().manual_seed(rng_seed)
-    return torch.randn(count, *SHAPES[d], dtype=torch.float64, generator=rng)
-
-
-def at_angle(d, r0, r1, theta, rng_seed=0):
-    """Two seeds of given norms and angle, in a random plane."""
-    a, b = torch.linalg.qr(seeds(2, d, rng_seed).flatten(1).T).Q.T.reshape(2, *SHAPES[d])
-    return r0 * a, r1 * (math.cos(theta) * a + math.sin(theta) * b)
-
-
-def cost_in_plane(d, r0, r1, theta):
-    return float(plane_cost(d, np.array([[r0, r1]]), np.array([theta]))[0])
-
-
-# --- the weight and its constants --------------------------------------------------------------------------
-
-
-def test_constants_of_stable_diffusion():
-    g = radial(16384)
-    assert g.floor == pytest.approx(0.572360, abs=5e-7)
-    assert g.m == pytest.approx(73.259186, abs=5e-7)
-    assert g.best == pytest.approx(127.993858, abs=5e-7)
-    assert float(g.weight(90.5)) == pytest.approx(1583.36, abs=5e-3)
-
-
-@pytest.mark.parametrize("d", [4, 5, 16, 19, 21, 64, 1024, 16384])
-def test_the_weight_is_minus_the_log_density_of_the_norm(d):
-    r = math.sqrt(d) * np.array([0.36, 0.7, 0.99, 1, 1.01, 1.5, 9.9])
-    expected = -stats.chi.logpdf(r, d)
-    assert radial(d).weight(r) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert radial(d).floor == pytest.approx(-stats.chi.logpdf(math.sqrt(d - 1), d), abs=1e-10)
-
-
-@pytest.mark.parametrize("d", [4, 64, 16384])
-def test_a_great_circle_is_cheapest_at_r_star(d):
-    g = radial(d)
-    r = g.best + np.array([-1e-3, 0, 1e-3])
-    around = r * g.weight(r)
-    assert around[1] == pytest.approx(g.m, rel=1e-12)
-    assert around[0] > around[1] < around[2]
-    assert math.sqrt(d - 1) - g.best == pytest.approx(0.28 / math.sqrt(d - 1), rel=0.15)
-
-
-@pytest.mark.parametrize("d", [4, 64, 1024, 16384])
-@pytest.mark.parametrize("ratio", [0.36, 0.72, 0.995, 1, 1.01, 1.3, 3.0])
-def test_the_layer_between_a_norm_and_r_star(d, ratio):
-    g = radial(d)
-    r = ratio * math.sqrt(d - 1)
-    expected = quad(lambda s: math.sqrt(max(0, g.weight(s) ** 2 - (g.m / s) ** 2)), g.best, r, epsrel=1e-11)[
-        0
-    ]
-    u = g.depth(np.array([r]))
-    E, Y = g.layer(u)
-    assert E[0] == pytest.approx(abs(expected), rel=1e-7, abs=1e-9)
-    assert g.unlayer(Y) == pytest.approx(u, rel=1e-11)
-    # the angle from here to a tenth of the depth is the logarithm of what Y has decayed by
-    swept = quad(
-        lambda s: g.m / (s * math.sqrt((s * g.weight(s)) ** 2 - g.m**2)), g.best * (1 + u[0] / 10), r
-    )[0]
-    assert math.log(Y[0] / g.layer(u / 10)[1][0]) / g.kappa == pytest.approx(abs(swept), rel=1e-6)
-
-
-# --- paths in the plane ------------------------------------------------------------------------------------
-
-
-def newton(d, r0, r1, theta, cells):
-    """Minimise Σ w(r̄)·√(Δr² + r̄²Δθ²) over the radii at given angles, dense at both ends.
-
-    Nothing of the theory goes in: w is the printed formula, and the start decays at a guessed rate.
-    """
-    constant = (d / 2 - 1) * math.log(2) + gammaln(d / 2)
-    s = np.linspace(0, 1, cells + 1)
-    mesh = theta * (s - 0.9 * np.sin(2 * np.pi * s) / (2 * np.pi))
-    h, arc = np.diff(mesh), mesh * math.sqrt(d)
-    start, end = (np.exp(-1.9 * part) for part in (arc, arc[-1] - arc))
-    sides = np.array([[1, end[0]], [start[-1], 1]])
-    r = math.sqrt(d - 1) + np.stack([start, end], axis=1) @ np.linalg.solve(
-        sides, np.array([r0, r1]) - math.sqrt(d - 1)
-    )
-    for _ in range(60):
-        a, D = (r[1:] + r[:-1]) / 2, np.diff(r)
-        S = np.sqrt(D**2 + (a * h) ** 2)
-        w, w1, w2 = constant - (d - 1) * np.log(a) + a**2 / 2, a - (d - 1) / a, 1 + (d - 1) / a**2
-        gradient_a, gradient_D = w1 * S + w * a * h**2 / S, w * D / S
-        aa = w2 * S + 2 * w1 * a * h**2 / S + w * h**2 * D**2 / S**3
-        aD, DD = w1 * D / S - w * a * h**2 * D / S**3, w * (a * h) ** 2 / S**3
-        gradient = (gradient_a / 2 - gradient_D)[1:] + (gradient_a / 2 + gradient_D)[:-1]
-        diagonal = (aa / 4 - aD + DD)[1:] + (aa / 4 + aD + DD)[:-1]
-        step = solveh_banded(np.stack([np.append(0, (aa / 4 - DD)[1:-1]), diagonal]), -gradient)
-        r[1:-1] += step
-        if np.abs(step).max() < 1e-9:
-            return float((w * S).sum()), mesh, r
-    raise AssertionError("Newton's method did not converge")
-
-
-def minimised(d, r0, r1, theta, cells=1000):
-    """Its extrapolation to infinitely many cells: the cost, and the radii at angles."""
-    coarse, mesh, r_coarse = newton(d, r0, r1, theta, cells)
-    fine, _, r_fine = newton(d, r0, r1, theta, 2 * cells)
-    return (4 * fine - coarse) / 3, mesh, (4 * r_fine[::2] - r_coarse) / 3
-
-
-DEPTHS = {
-    "typical": (0.6, -0.8),
-    "straddling": (-0.9, 0.9),
-    "outside": (1.3, 0.5),
-    "inside": (-1.0, -0.7),
-    "equal": (0.4, 0.4),
-    "at the mode": (0.0, 0.3),
-}
-
-
-@pytest.mark.parametrize("d", [1024, 16384])
-@pytest.mark.parametrize("degrees", [90, 1, 0.3, 0.05])
-@pytest.mark.parametrize("depths", DEPTHS.values(), ids=DEPTHS)
-def test_equal_to_an_independent_minimisation(d, degrees, depths):
-    r0, r1 = (math.sqrt(d - 1) + depth for depth in depths)
-    theta = math.radians(degrees)
-    expected, mesh, radii = minimised(d, r0, r1, theta)
-    assert cost_in_plane(d, r0, r1, theta) == pytest.approx(expected, rel=1e-8)
-    path = plane_radii(d, np.array([[r0, r1]]), np.array([theta]), mesh[None] / theta)[0]
-    assert path == pytest.approx(radii, abs=1e-5)
-
-
-@pytest.mark.parametrize("d", [4, 64])
-@pytest.mark.parametrize("degrees", [120, 40, 5])
-@pytest.mark.parametrize("ratios", [(0.9, 1.1), (1.2, 1.05), (0.7, 0.9), (1.05, 1.05)])
-def test_few_dimensions_where_the_two_ends_feel_each_other(d, degrees, ratios):
-    r0, r1 = (ratio * math.sqrt(d - 1) for ratio in ratios)
-    theta = math.radians(degrees)
-    expected, mesh, radii = minimised(d, r0, r1, theta)
-    assert cost_in_plane(d, r0, r1, theta) == pytest.approx(expected, rel=1e-8)
-    path = plane_radii(d, np.array([[r0, r1]]), np.array([theta]), mesh[None] / theta)[0]
-    assert path == pytest.approx(radii, abs=1e-5)
-
-
-@pytest.mark.parametrize("depths", [(0.6, -0.8), (1.3, 0.5), (-1.0, -0.7)])
-def test_the_two_forms_of_the_solution_meet(depths):
-    """Beyond some arc f grows by exactly m* a radian; the change of form lies within these angles."""
-    g = radial(1024)
-    theta = np.linspace(20, 60, 41) / g.kappa
-    r = np.tile(g.mode + np.array([depths]), (41, 1))
-    cost = plane_cost(1024, r, theta)
-    assert np.diff(cost) == pytest.approx(g.m * np.diff(theta), rel=1e-7)
-    inside = plane_radii(1024, r, theta, np.full((41, 1), 1 / 3))
-    assert inside[-1] == pytest.approx(g.best, abs=1e-6)
-    assert (np.diff(np.abs(inside[:, 0] - g.best)) < 1e-12).all()
-
-
-@given(
-    d=st.sampled_from([64, 1024, 16384]),
-    ratios=st.tuples(st.floats(0.4, 3), st.floats(0.4, 3)),
-    theta=st.floats(1e-3, 3),
-)
-@example(d=16384, ratios=(0.7, 0.72), theta=0.2)  # across, although the way by r* would have σ = 0
-@example(d=16384, ratios=(0.7, 0.72), theta=0.5)  # and by r*
-@example(d=64, ratios=(0.5, 0.984375), theta=0.125)  # too close to reach r*: m*θ + E would be less
-@settings(deadline=None, max_examples=40)
-def test_no_dearer_than_the_chord_the_rim_or_the_way_by_r_star(d, ratios, theta):
-    """Far from r* there are several candidates; at least these ways must not be better."""
-    g = radial(d)
-    r0, r1 = (ratio * g.mode for ratio in ratios)
-    cost = cost_in_plane(d, r0, r1, theta)
-
-    def radial_cost(a, b):
-        return abs(quad(lambda s: float(g.weight(s)), a, b, epsrel=1e-10)[0])
-
-    along = radial_cost(r0, r1)
-    assert cost >= along * (1 - 1e-9)
-    for r in (r0, r1):
-        assert cost <= (along + r * float(g.weight(r)) * theta) * (1 + 1e-9)
-    assert cost <= float(line_cost(torch.stack(at_angle(d, r0, r1, theta)))) * (1 + 1e-9)
-    assert cost <= (radial_cost(r0, g.best) + g.m * theta + radial_cost(g.best, r1)) * (1 + 1e-9)
-
+from tests.typical_seeds import SHAPES, at_angle, seeds
 
 # --- paths between seeds -----------------------------------------------------------------------------------
 
