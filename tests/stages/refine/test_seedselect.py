@@ -1,190 +1,121 @@
-"""SeedSelect: its gradient, its optimiser, its artifact, and the independence of its rows."""
+"""SeedSelect: its optimiser, when its rows stop and are moved, its artifact, the independence of its rows."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from jobs.tangram.drawings import draw, generator
 from schemas.errors import UserError
-from stages.backbones.latent_diffusion import COMPONENTS, LatentDiffusion
-from stages.backbones.models import LoadedModels
-from stages.contract import Sampler
+from stages.contract import DUMMY, Chance, Material, Order, Sampler
 from stages.images import to_tensor
-from stages.refine.seedselect import OMEGA, SeedSelect, seed_loss
-from stages.sampling import denoise
+from stages.refine.seed_loss import Likeness, drawn, loss_of
+from stages.refine.seedselect import SeedSelect, descend
+from stages.refine.stop import Plateau
+from stages.sampling import condition, denoise
 
-SAMPLER = Sampler(steps=4, guidance=3.0)
+SAMPLER = Sampler(steps=4, guidance=1.0)
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-class LinearClip:
-    """Features that are a fixed linear function of the pixels, in the precision of the pixels."""
-
-    fingerprint, logit_scale = "linear", 1.0
-
-    def __init__(self, side):
-        self.matrix = noise(3 * side * side, 5, seed=9, dtype=torch.float64)
-
-    def encode_image(self, image_B3hw):
-        return image_B3hw.flatten(1) @ self.matrix.to(image_B3hw.dtype)
-
-    def encode_text(self, texts):
-        raise NotImplementedError
-
-
-class OneClip(LoadedModels):
-    """A worker's models, with the linear one as its CLIP."""
-
-    def __init__(self, clip):
-        self._linear = clip
-
-    def clip(self, model):
-        return self._linear
-
-
-@pytest.fixture(scope="module")
-def double_backbone(tiny_pipeline, tiny_folder):
-    """The tiny network, v-predicting, in float64, so that finite differences mean something."""
-    folder = tiny_folder(prediction_type="v_prediction")
-    double = type(tiny_pipeline).from_pretrained(folder, dtype=torch.float64, safety_checker=None)
-    parts = {name: getattr(double, name) for name in COMPONENTS}
-    return LatentDiffusion(**parts, fingerprint="double", device=torch.device("cpu"), what="double")
+def material(image_N3hw):
+    return Material(image_N3hw, "circle", "a photo of a circle", DUMMY)
 
 
 @pytest.fixture
-def problem(double_backbone):
-    """Loss of seeds towards given features and latent, with or without checkpointing."""
-    clip_E, latent_CHW = noise(5, seed=1, dtype=torch.float64), noise(4, 8, 8, seed=2, dtype=torch.float64)
-    clip = LinearClip(double_backbone.image_size)
+def refine(gaussian_backbone, simple_models):
+    """SeedSelect on Gaussian data, where image and seed are bright together."""
+    backbone, models = gaussian_backbone(mean=0.0), simple_models(4)
 
-    def loss(z_BCHW, checkpoint=False, semantic=10.0, appearance=1.0):
-        return seed_loss(
-            double_backbone, clip, z_BCHW, "a cat", SAMPLER, clip_E, latent_CHW,
-            semantic=semantic, appearance=appearance, checkpoint=checkpoint,
-        )  # fmt: skip
+    def run(z_BCHW, latent=0.0, sampler=SAMPLER, indices=None, **settings):
+        artifact = {
+            "clip_E": noise(5, seed=1, dtype=torch.float64),
+            "latent_CHW": torch.full((4, 4, 4), latent, dtype=torch.float64),
+        }
+        chances = [Chance(i, ("test",)) for i in indices or range(len(z_BCHW))]
+        order = Order("", z_BCHW, target="bright", chances=chances, artifact=artifact)
+        return SeedSelect(SeedSelect.Config(**settings))(backbone, models, order, sampler)
 
-    return loss
-
-
-def gradient(loss, z_BCHW, **settings):
-    z_BCHW = z_BCHW.clone().requires_grad_()
-    return torch.autograd.grad(loss(z_BCHW, **settings).sum(), z_BCHW)[0]
+    return run
 
 
-@pytest.mark.parametrize(("semantic", "appearance"), [(10.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_gradient_equals_finite_differences(problem, semantic, appearance, checkpoint):
-    weights = {"semantic": semantic, "appearance": appearance}
-    z_BCHW = noise(2, 4, 8, 8, dtype=torch.float64)
-    exact_BCHW = gradient(problem, z_BCHW, checkpoint=checkpoint, **weights)
-    assert exact_BCHW.flatten(1).norm(dim=1).min() > 1e-3
-    for seed in range(3):
-        direction_BCHW = F.normalize(
-            noise(2, 4, 8, 8, seed=10 + seed, dtype=torch.float64).flatten(1)
-        ).view_as(z_BCHW)
-        with torch.no_grad():
-            step = 1e-5 * direction_BCHW
-            numeric_B = (problem(z_BCHW + step, **weights) - problem(z_BCHW - step, **weights)) / 2e-5
-        along_B = (exact_BCHW * direction_BCHW).sum(dim=(1, 2, 3))
-        torch.testing.assert_close(numeric_B, along_B, rtol=1e-5, atol=1e-8)
-
-
-def test_checkpointed_is_plain_backward(problem):
-    z_BCHW = noise(3, 4, 8, 8, dtype=torch.float64)
-    plain, checkpointed = (gradient(problem, z_BCHW, checkpoint=flag) for flag in (False, True))
-    torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-14)
-
-
-def test_the_loss_is_the_papers(problem, double_backbone):
-    """Written out: the decoded latents after the last three steps, and the last latent itself."""
-    z_BCHW, latents = noise(2, 4, 8, 8, dtype=torch.float64), []
-    with torch.no_grad():
-        denoise(double_backbone, z_BCHW, "a cat", SAMPLER, callback=lambda k, z: latents.append(z))
-        clip = LinearClip(double_backbone.image_size)
-        clip_E, latent_CHW = (
-            noise(5, seed=1, dtype=torch.float64),
-            noise(4, 8, 8, seed=2, dtype=torch.float64),
-        )
-        expected_B = ((latents[3] - latent_CHW) ** 2).mean(dim=(1, 2, 3))
-        for omega, z_j in zip((0.05, 0.25, 0.7), latents[1:], strict=True):
-            features_BE = clip.encode_image(double_backbone.decode(z_j))
-            cosine_B = features_BE @ clip_E / features_BE.norm(dim=1) / clip_E.norm()
-            expected_B += 10 * omega * (1 - cosine_B)
-        torch.testing.assert_close(problem(z_BCHW), expected_B)
-    assert sum(OMEGA) == pytest.approx(1)
-
-
-def test_rows_of_a_batch_have_the_gradients_of_single_seeds(problem):
-    z_BCHW = noise(3, 4, 8, 8, dtype=torch.float64)
-    alone = torch.cat([gradient(problem, z_CHW[None]) for z_CHW in z_BCHW])
-    torch.testing.assert_close(gradient(problem, z_BCHW), alone, rtol=1e-10, atol=1e-12)
-
-
-def refine(backbone, clip, z_BCHW, artifact, sampler=SAMPLER, prompt="a cat", **settings):
-    method = SeedSelect(SeedSelect.Config(**settings))
-    return method(backbone, OneClip(clip), z_BCHW, prompt, sampler, artifact)
-
-
-@pytest.fixture
-def artifact():
-    return {
-        "clip_E": noise(5, seed=1, dtype=torch.float64),
-        "latent_CHW": noise(4, 8, 8, seed=2, dtype=torch.float64),
-    }
-
-
-def test_the_optimiser_is_adamw_at_a_tenth_from_the_third_iteration_on(problem, double_backbone, artifact):
+def test_the_optimiser_is_adamw_at_a_tenth_from_the_third_iteration_on(double_backbone, simple_models):
     """Loshchilov & Hutter, arXiv:1711.05101, written out on the same gradients."""
     z = start = noise(2, 4, 8, 8, dtype=torch.float64)
+    models, latent_CHW = simple_models(16), noise(4, 8, 8, seed=2, dtype=torch.float64)
+    artifact = {"clip_E": noise(5, seed=1, dtype=torch.float64), "latent_CHW": latent_CHW}
+    like = Likeness(models.clip(""), **artifact, semantic=10.0, appearance=1.0)
+    asked = condition(double_backbone, "a cat", 1.0, 2)
+
+    def loss(z_BCHW):
+        return loss_of(double_backbone, drawn(double_backbone, z_BCHW, asked, SAMPLER, 4), like)
+
     first = second = torch.zeros_like(z)
-    losses = []
+    losses = [loss(z).detach()]
     for iteration in range(5):
-        losses.append(problem(z).detach())
-        g = gradient(problem, z)
+        z = z.detach().requires_grad_()
+        losses.append(loss(z))
+        (g,) = torch.autograd.grad(losses[-1].sum(), z)
         lr = 0.05 if iteration < 3 else 0.005
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
         unbiased = [
             moment / (1 - beta ** (iteration + 1)) for moment, beta in ((first, 0.9), (second, 0.999))
         ]
         z = z * (1 - lr * 0.01) - lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
-    refined = refine(double_backbone, LinearClip(16), start, artifact)
-    torch.testing.assert_close(refined.z_BCHW, z, rtol=0, atol=1e-7)
-    losses.append(problem(z).detach())
+    losses.append(loss(z))
+    refined = SeedSelect(SeedSelect.Config())(
+        double_backbone, models, Order("a cat", start, artifact=artifact), SAMPLER
+    )
+    torch.testing.assert_close(refined.z_BCHW, z.detach(), rtol=0, atol=1e-7)
     torch.testing.assert_close(
-        torch.tensor(refined.losses).double(), torch.stack(losses, 1), rtol=1e-5, atol=0
+        torch.tensor(refined.losses).double(), torch.stack(losses, 1).detach(), rtol=1e-5, atol=0
     )
 
 
 def test_the_loss_falls_on_a_real_model(tangram, models):
-    drawn = [draw("octagon", generator("references", "octagon", i))[0] for i in range(3)]
-    image_N3hw = torch.stack([to_tensor(image, 64) for image in drawn])
-    method = SeedSelect(SeedSelect.Config(iterations=4))
-    artifact = method.prepare(tangram, models, image_N3hw)
-    start = noise(2, *tangram.latent_shape)
-    refined = method(tangram, models, start, "a photo of a octagon", Sampler(4, 1.0), artifact)
-    for losses in refined.losses:
-        assert len(losses) == 5
-        assert losses[-1] < 0.9 * losses[0]
+    drawings = [draw("octagon", generator("references", "octagon", i))[0] for i in range(2)]
+    method = SeedSelect(SeedSelect.Config(iterations=4, lr=0.02))
+    artifact = method.prepare(tangram, models, material(torch.stack([to_tensor(d, 64) for d in drawings])))
+    start = noise(1, *tangram.latent_shape)
+    order = Order("a photo of a octagon", start, artifact=artifact)
+    refined = method(tangram, models, order, SAMPLER)
+    for before, *followed, after in refined.losses:
+        assert len(followed) == 4
+        assert followed[0] == pytest.approx(before)
+        assert after < 0.9 * before
     assert not torch.equal(refined.z_BCHW, start)
     assert not refined.z_BCHW.requires_grad
 
 
-def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone, models):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient": "truncated", "gradient_steps": 2, "views": 2, "noise": 0.1},
+        {"gradient": "one_step", "views": 3},
+        {"stop": {"plateau": 0.0, "patience": 1}, "lr": 2.0, "iterations": 3, "gradient": "one_step"},
+        {"stop": {"classifier": "tangram", "probability": 0.2}, "gradient": "one_step"},
+    ],
+)
+def test_a_row_knows_neither_its_neighbours_nor_its_slot(load_tiny, models, settings):
+    backbone = load_tiny()
     row_CHW, others = noise(*backbone.latent_shape), noise(3, *backbone.latent_shape, seed=1)
     poisoned = others.clone()
     poisoned[1] = torch.nan
-    method = SeedSelect(SeedSelect.Config(iterations=1))
-    artifact = method.prepare(backbone, models, noise(2, 3, backbone.image_size, backbone.image_size))
+    method = SeedSelect(SeedSelect.Config(**{"iterations": 1, **settings}))
+    artifact = method.prepare(backbone, models, material(noise(2, 3, 16, 16)))
 
-    def run(*rows):
-        return method(backbone, models, torch.stack(rows), "a red star", Sampler(3, 2.0), artifact)
+    def run(rows, indices):
+        chances = [Chance(i, ("test",)) for i in indices]
+        order = Order("a star", torch.stack(rows), "circle", chances, artifact=artifact)
+        return method(backbone, models, order, Sampler(3, 2.0))
 
-    first, other = run(row_CHW, *others), run(*poisoned.flip(0), row_CHW)
+    first, other = run([row_CHW, *others], [5, 1, 2, 3]), run([*poisoned.flip(0), row_CHW], [8, 9, 7, 5])
     assert torch.equal(other.z_BCHW[3], first.z_BCHW[0])
     assert other.losses[3] == first.losses[0]
     assert all(math.isfinite(loss) for loss in first.losses[0])
@@ -192,35 +123,176 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone, models):
     assert all(math.isnan(loss) for loss in other.losses[1])
 
 
-def test_norms_are_kept_when_asked(double_backbone, artifact):
-    z_BCHW = noise(2, 4, 8, 8, dtype=torch.float64) * torch.tensor([1.0, 1.2])[:, None, None, None]
+def test_a_row_of_tangram_knows_neither_its_neighbours_nor_its_slot(tangram, models):
+    z_BCHW = noise(3, *tangram.latent_shape)
+    method = SeedSelect(SeedSelect.Config(iterations=1, views=2))
+    artifact = method.prepare(tangram, models, material(noise(1, 3, 64, 64)))
+
+    def run(*rows):
+        chances = [Chance(i, ("test",)) for i in rows]
+        order = Order("a red star", z_BCHW[list(rows)], chances=chances, artifact=artifact)
+        return method(tangram, models, order, Sampler(3, 2.0)).z_BCHW
+
+    assert torch.equal(run(0, 1)[0], run(2, 0)[1])
+
+
+def test_a_finished_row_keeps_its_seed_while_others_go_on():
+    """Rows on parabolas at different distances: Adam's steps are equal, so the nearest arrives first."""
+    start = torch.tensor([0.1, 1.0, 0.4])[:, None, None, None].expand(3, 1, 2, 2).clone()
+    seen = []
+
+    def parabola(z_BCHW):
+        return z_BCHW.square().mean(dim=(1, 2, 3)), z_BCHW
+
+    def finished(z_BCHW, latents, losses):
+        seen.append(z_BCHW.detach().clone())
+        return [Plateau(plateau=1e-3, patience=1).reached(row) for row in losses]
+
+    options = {"iterations": 30, "lr": 0.1, "decay_from": 30, "keep_norm": False}
+    z_BCHW, losses, finished_B = descend(start, parabola, finished, **options)
+    ended = [len(row) for row in losses]
+    assert ended[0] < ended[2] < ended[1] < 30
+    assert len(seen) == max(ended)  # and nothing is computed after the last one has finished
+    for row, count in enumerate(ended):
+        for later in seen[count - 1 :]:
+            assert torch.equal(later[row], seen[count - 1][row])
+        assert torch.equal(z_BCHW[row], seen[count - 1][row])
+        assert not torch.equal(seen[count - 1][row], seen[count - 2][row])
+    assert finished_B.tolist() == [True] * 3
+    _, all_losses, finished_B = descend(start, parabola, lambda z, latents, losses: [False] * 3, **options)
+    assert finished_B.tolist() == [False] * 3
+    assert [len(row) for row in all_losses] == [30] * 3
+    for row, count in enumerate(ended):  # a stop cuts a row's way short and changes nothing of it
+        assert all_losses[row][:count] == losses[row]
+
+
+@pytest.mark.parametrize("gradient", ["exact", "one_step"])
+def test_a_row_stops_when_the_picture_that_is_drawn_is_recognised(refine, gaussian_backbone, gradient):
+    """From dark to bright: one row passes as it comes, one on its way, one not in time."""
+    start = torch.tensor([2.0, -0.05, -3.0], dtype=torch.float64)[:, None, None, None].repeat(1, 4, 4, 4)
+    settings = {"latent": 1.0, "semantic": 0.0, "lr": 0.1, "decay_from": 9, "iterations": 6}
+    stop = {"classifier": "any", "probability": 0.9}
+    refined = refine(start, stop=stop, gradient=gradient, **settings)
+    counts = [len(row) - 2 for row in refined.losses]
+    assert counts[0] == 1
+    assert 1 < counts[1] < 6
+    assert counts[2] == 6
+    assert torch.equal(refined.z_BCHW[0], start[0])
+    # stopped at the seed before its last loss: that of so many iterations without a rule
+    whole = refine(start, gradient=gradient, **settings | {"iterations": counts[1] - 1})
+    assert torch.equal(refined.z_BCHW[1], whole.z_BCHW[1])
+    with torch.no_grad():
+        mean = [
+            float(denoise(gaussian_backbone(mean=0.0), z[1:2], "", SAMPLER)[:, :3].mean())
+            for z in (
+                refined.z_BCHW,
+                refine(start, gradient=gradient, **settings | {"iterations": counts[1] - 2}).z_BCHW
+                if counts[1] > 2
+                else start,
+            )
+        ]
+    assert mean[1] < math.log(9) / 40 <= mean[0]
+
+
+def test_a_row_that_a_cheap_gradient_made_worse_stays_as_it_came(refine):
+    """On Gaussian data x̂0 from z_T is nearly the mean 0, so one step always asks for more brightness.
+
+    For a seed whose picture is too dark that is right; for one that is too bright already, wrong.
+    """
+    start = torch.tensor([-2.0, 3.0], dtype=torch.float64)[:, None, None, None].repeat(1, 4, 4, 4)
+    settings = {"latent": 0.5, "semantic": 0.0, "iterations": 3}
+    refined = refine(start, gradient="one_step", **settings)
+    (dark_before, *_, dark_after), (bright_before, *followed, bright_after) = refined.losses
+    assert dark_after < dark_before
+    assert not torch.equal(refined.z_BCHW[0], start[0])
+    assert followed[-1] < followed[0]  # what it followed did fall
+    assert bright_after > bright_before
+    assert torch.equal(refined.z_BCHW[1], start[1])
+    exact = refine(start, gradient="exact", **settings)
+    assert exact.losses[1][0] == bright_before
+    assert exact.losses[1][-1] < bright_before
+
+
+def test_a_row_that_is_recognised_stays_moved_though_its_loss_rose(refine, gaussian_backbone):
+    """As above, brighter than the loss asks for; but the classifier wants it a little brighter still."""
+    start = torch.full((1, 4, 4, 4), 3.0, dtype=torch.float64)
+    brightness = float(denoise(gaussian_backbone(mean=0.0), start, "", SAMPLER)[:, :3].mean())
+    wanted = 1 / (1 + math.exp(-40 * (brightness + 0.01)))
+    settings = {"latent": 0.5, "semantic": 0.0, "iterations": 6, "gradient": "one_step"}
+    refined = refine(start, stop={"classifier": "any", "probability": wanted}, **settings)
+    (before, *followed, after) = refined.losses[0]
+    assert 1 < len(followed) < 6
+    assert after > before
+    assert not torch.equal(refined.z_BCHW, start)
+
+
+def test_views_and_noise_come_from_each_rows_chance(refine):
+    start = noise(2, 4, 4, 4, dtype=torch.float64)
+    for settings in ({"views": 3}, {"noise": 0.2}):
+        first, again, other = (
+            refine(start, indices=indices, iterations=3, lr=1e-9, **settings).losses
+            for indices in ([4, 7], [4, 7], [5, 7])
+        )
+        assert first == again
+        assert first[0] != other[0]
+        assert first[1] == other[1]
+        before, *followed, after = first[0]
+        assert before == pytest.approx(after)  # judged by the image itself
+        assert len({round(loss, 6) for loss in followed}) == 3  # iterations differ in nothing but the views
+
+
+def test_norms_are_kept_when_asked(refine):
+    z_BCHW = noise(2, 4, 4, 4, dtype=torch.float64) * torch.tensor([1.0, 1.2])[:, None, None, None]
     before_B = z_BCHW.flatten(1).norm(dim=1)
-    free = refine(double_backbone, LinearClip(16), z_BCHW, artifact, norm="free").z_BCHW
-    kept = refine(double_backbone, LinearClip(16), z_BCHW, artifact, norm="keep").z_BCHW
+    free, kept = (refine(z_BCHW, norm=norm).z_BCHW for norm in ("free", "keep"))
     torch.testing.assert_close(kept.flatten(1).norm(dim=1), before_B)
+    assert (kept - z_BCHW).flatten(1).norm(dim=1).min() > 1e-2
     assert (free.flatten(1).norm(dim=1) - before_B).abs().min() > 1e-3
 
 
-def test_it_works_inside_no_grad_and_leaves_its_input_alone(double_backbone, artifact):
-    z_BCHW = noise(1, 4, 8, 8, dtype=torch.float64)
+def test_it_works_inside_no_grad_and_leaves_its_input_alone(refine):
+    z_BCHW = noise(1, 4, 4, 4, dtype=torch.float64)
     before = z_BCHW.clone()
     with torch.no_grad():
-        refined = refine(double_backbone, LinearClip(16), z_BCHW, artifact, iterations=1)
+        refined = refine(z_BCHW, iterations=1)
     assert torch.equal(z_BCHW, before)
     assert not torch.equal(refined.z_BCHW, before)
 
 
-def test_the_artifact_is_the_mean_of_unnormalised_features_and_of_latents(load_tiny):
-    backbone, clip = load_tiny(), LinearClip(16)
+def test_the_artifact_is_the_mean_of_unnormalised_features_and_of_latents(load_tiny, simple_models):
+    backbone, models = load_tiny(), simple_models(16)
     image_N3hw = noise(3, 3, 16, 16) * torch.tensor([0.1, 0.2, 1.0])[:, None, None, None]
-    artifact = SeedSelect(SeedSelect.Config()).prepare(backbone, OneClip(clip), image_N3hw)
-    features_NE = clip.encode_image(image_N3hw)
+    artifact = SeedSelect(SeedSelect.Config()).prepare(backbone, models, material(image_N3hw))
+    features_NE = models.clip("").encode_image(image_N3hw)
     torch.testing.assert_close(artifact["clip_E"], F.normalize(features_NE.mean(0), dim=0))
     assert F.cosine_similarity(artifact["clip_E"], F.normalize(features_NE, dim=1).mean(0), dim=0) < 0.99
     with torch.no_grad():
         torch.testing.assert_close(artifact["latent_CHW"], backbone.encode(image_N3hw).mean(0))
 
 
-def test_too_short_a_sampler_is_the_users_mistake(load_tiny, artifact):
-    with pytest.raises(UserError, match=r"set generate\.steps to at least 3"):
-        refine(load_tiny(), LinearClip(16), noise(1, 4, 8, 8), artifact, sampler=Sampler(2, 1.0))
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, r"looks at the last 3 sampling steps, generate has 2: set generate\.steps to at least 3"),
+        ({"stop": {"classifier": "x"}}, "does not know the class 'gryphon'; it knows bright, dark"),
+        ({"gradient": "truncated", "gradient_steps": 9}, "gradient_steps is 9, generate has 4 steps: set"),
+        ({"gradient": "one_step", "gradient_steps": 5}, "set gradient_steps to at most 4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_told_before_anything_is_loaded(simple_models, settings, said):
+    method = SeedSelect(SeedSelect.Config(**settings))
+    with pytest.raises(UserError, match=said):
+        method.check(Sampler(4 if settings else 2, 1.0), simple_models(4), "gryphon")
+
+
+def test_steps_of_a_gradient_that_has_none_are_refused():
+    with pytest.raises(ValidationError, match="gradient_steps belongs to gradient one_step or truncated"):
+        SeedSelect.Config(gradient_steps=4)
+
+
+def test_the_scorer_of_a_stop_rule_is_one_of_its_models():
+    """So a build's fingerprints cover its bytes."""
+    stop = {"classifier": "tangram"}
+    assert SeedSelect(SeedSelect.Config()).models() == {"clip": "tangram"}
+    assert SeedSelect(SeedSelect.Config(stop={"plateau": 0.1})).models() == {"clip": "tangram"}
+    assert SeedSelect(SeedSelect.Config(stop=stop)).models() == {"clip": "tangram", "classifier": "tangram"}
