@@ -3,7 +3,7 @@
 Rombach et al., arXiv:2112.10752, drawn with DDIM (see `stages.sampling`). Deterministic: a seed and a prompt
 give one image.
 
-Shape letters: B batch, C H W latent, h w image.
+Shape letters: B batch, C H W latent.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Generate, Sampler
+from stages.contract import Backbone, Generate, Generated, Models, Order, Sampler
 from stages.sampling import denoise
 
 
@@ -35,8 +33,7 @@ class TextToImage(Generate):
     def sampler(self) -> Sampler:
         return Sampler(self.config.steps, self.config.guidance)
 
-    def __call__(
-        self, backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], prompt: str
-    ) -> Float[Tensor, "B 3 h w"]:
+    def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
         with torch.no_grad():
-            return backbone.decode(denoise(backbone, z_BCHW, prompt, self.sampler())).clamp(-1, 1)
+            z0_BCHW = denoise(backbone, order.z_BCHW, order.prompt, self.sampler())
+            return Generated(backbone.decode(z0_BCHW).clamp(-1, 1))
