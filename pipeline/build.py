@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline import pack, parts
 from pipeline.config import BuildConfig
+from pipeline.goals import settle
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import ListWork, Units, tallies
 from pipeline.plan import Plan, make_plan
@@ -68,7 +69,8 @@ class Result:
 def resolve(config: BuildConfig) -> tuple[Store, Plan]:
     """Look at the references and plan. Writes nothing."""
     store = Store(config.output)
-    return store, make_plan(config, scan(config.references, store))
+    lock = scan(config.references, store)
+    return store, make_plan(settle(config, lock), lock)
 
 
 def survey(store: Store, plan: Plan) -> State:
@@ -144,7 +146,7 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
 def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]:
     """Select from what exists and pack it. Generates nothing.
 
-    Returns the result, or label → missing images when what exists does not suffice; then nothing is written.
+    Returns the result, or target → missing images when what exists does not suffice; then nothing is written.
     """
     store, plan = resolve(config)
     if manifest := existing(store, plan):
@@ -158,7 +160,7 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
         if not selection.final:
             # what an unknown unit holds decides about all that come after it
             certain = sum(unit < selection.unknown[0] for unit, _ in selection.accepted)
-            short[stream.label] = short.get(stream.label, 0) + stream.quota - certain
+            short[stream.target] = short.get(stream.target, 0) + stream.quota - certain
     if short:
         return short
     store.probe()
@@ -223,10 +225,10 @@ def _batches(references: list[Reference], size: int) -> Iterable[list[Reference]
 def _preparations(store: Store, plan: Plan) -> list[Task]:
     from pipeline.worker import artifact_name
 
-    wanted = {s.artifact: s for s in plan.streams if s.artifact is not None}
+    wanted = {artifact: (s.id, kind) for s in plan.streams for kind, artifact in s.artifacts.items()}
     return [
-        PrepareTask(stream.id)
-        for artifact, stream in wanted.items()
+        PrepareTask(stream, kind)
+        for artifact, (stream, kind) in wanted.items()
         if not store.exists(artifact_name(artifact))
     ]
 

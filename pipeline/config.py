@@ -109,17 +109,19 @@ CombineSettings = Annotated[SerializeAsAny[Settings], MethodSettings("combine")]
 RefineSettings = Annotated[SerializeAsAny[Settings], MethodSettings("refine")]
 GenerateSettings = Annotated[SerializeAsAny[Settings], MethodSettings("generate")]
 FilterSettings = Annotated[SerializeAsAny[Settings], MethodSettings("filter")]
+MeasureSettings = Annotated[SerializeAsAny[Settings], MethodSettings("measure")]
 
 
 def _one_of_each(filters: Sequence[Settings] | None) -> Sequence[Settings] | None:
     names = [f.method for f in filters or ()]  # type: ignore[attr-defined]
     for name in names:
         if names.count(name) > 1:
-            raise PydanticCustomError("said", "{n} is listed twice; a filter may stand once", {"n": name})
+            raise PydanticCustomError("said", "{n} is listed twice; it may stand once", {"n": name})
     return filters
 
 
 Filters = tuple[FilterSettings, ...]
+Measures = tuple[MeasureSettings, ...]
 
 
 class Recipe(Settings):
@@ -150,6 +152,14 @@ class Recipe(Settings):
             )  # fmt: skip
         if self.combine is None and self.invert is not None:
             raise PydanticCustomError("said", "invert makes seeds that nothing uses: set combine as well")
+        generate = method_of("generate", self.generate)
+        if generate.starts_from != "seed":
+            for key in ("combine", "refine"):
+                if getattr(self, key) is not None:
+                    raise PydanticCustomError(
+                        "said", "{key} makes seeds, but {method} starts from images: leave one of them out",
+                        {"key": key, "method": generate.name},
+                    )  # fmt: skip
         if self.combine is not None and self.invert is None:
             default = registry.resolve("invert", "fixed_point").Config()
             object.__setattr__(self, "invert", default)
@@ -162,15 +172,37 @@ class FewerThan(Settings):
     fewer_than: int = Field(ge=1)
 
 
+class MostConfused(Settings):
+    """The classes with which a class is most confused, one way or the other."""
+
+    most_confused: int = Field(ge=1)
+    """So many for each class, at most."""
+    matrix: str = Field(min_length=1)
+    """Parquet with the columns class, predicted and share, as `seedloom evaluate confusion` writes it."""
+
+
+Classes = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class Target(Settings):
-    """What is asked for: so many accepted images of each of these classes."""
+    """What is asked for: so many accepted images of each of these classes, or of each of these pairs."""
 
     classes: Annotated[
-        Literal["all"] | FewerThan | Annotated[tuple[str, ...], Field(min_length=1)],
+        Literal["all"] | FewerThan | Classes | None,
         _or_else("all, a list of classes, or {fewer_than: N} with N from 1 up"),
-    ]
+    ] = None
+    pairs: Annotated[
+        Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None,
+        _or_else("a list of [source, class] pairs"),
+    ] = None
+    """In place of classes: each pair is a target of its own, made from images of the source."""
+    sources: Annotated[
+        Literal["all"] | MostConfused | Classes | Annotated[dict[str, Classes], Field(min_length=1)] | None,
+        _or_else("all, a list of classes, {CLASS: [source, …], …}, or {most_confused: K, matrix: FILE}"),
+    ] = None
+    """Whose images a recipe starts from that starts from other classes (genie): all others unless set."""
     accepted: int = Field(ge=1)
-    """Quota: accepted images of each class."""
+    """Quota: accepted images of each class or pair."""
     attempts: float = Field(default=8, ge=1)
     """At most so many candidates for each image of the quota, rounded up to whole units."""
     recipe: Annotated[
@@ -182,6 +214,14 @@ class Target(Settings):
     """Replaces the recipe's and the build's filters for these classes."""
 
     _filters = field_validator("filter")(_one_of_each)
+
+    @model_validator(mode="after")
+    def _classes_or_pairs(self) -> Target:
+        if (self.classes is None) == (self.pairs is None):
+            raise PydanticCustomError("said", "must name classes or pairs, one of the two")
+        if self.pairs is not None and self.sources is not None:
+            raise PydanticCustomError("said", "pairs name their sources themselves: leave out sources")
+        return self
 
 
 class Shard(Settings):
@@ -224,10 +264,12 @@ class BuildConfig(Settings):
     )
     targets: tuple[Target, ...] = Field(min_length=1)
     filter: Filters = ()
+    measure: Measures = ()
+    """What is measured of every candidate and kept beside it, and rejects nothing."""
     shard: Shard = Shard()
     run: Run = Run()
 
-    _filters = field_validator("filter")(_one_of_each)
+    _filters = field_validator("filter", "measure")(_one_of_each)
 
     @field_validator("prompt")
     @classmethod

@@ -1,8 +1,9 @@
 """The DAG of a candidate, on one screen.
 
     reference seeds ─► combine ─► refine ─► generate ─► encode ─► (part) ─► decode ─► filter ─► (scores)
-    random noise ────────┘           ▲
-    class artifact ──────────────────┘
+    random noise ────────┘           ▲          ▲                                     measure
+    class artifacts ─────────────────┴──────────┤
+    source images ──────────────────────────────┘
 
 A batch always has the same shape: rows that are finished, poisoned or not asked for are filled by a dummy,
 and no row depends on its neighbours or its slot. So a candidate's bytes depend on its identity alone.
@@ -26,7 +27,7 @@ from schemas.errors import UserError
 from schemas.ids import random_stream, sha256
 from schemas.records import Combination, Reference
 from stages import images
-from stages.contract import Backbone, Chance, Models, has_artifact
+from stages.contract import DUMMY, Backbone, Chance, Generated, Material, Models, Order
 
 # Entered for what the device does; what is done with images on the CPU stays outside, so that another thread
 # may have the device meanwhile.
@@ -54,6 +55,10 @@ class Candidate:
     losses: Sequence[float]
     seed_sha256: str
     seed_norm: float
+    prompt: str
+    source: Reference | None  # whose image it started from
+    noise_ratio: float | None
+    trace: Sequence[float]  # what the method of generating decided by
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Materials:
 
     seeds: Seeds | None
     artifacts: Mapping[str, Mapping[str, Tensor]]  # kind of stage → its class artifact
+    read: Callable[[Sequence[Reference]], Tensor]  # images (N, 3, h, w) of references, on the CPU
 
 
 class Dag:
@@ -83,6 +89,8 @@ class Dag:
     ) -> dict[int, Candidate | CandidateFault]:
         """Make the candidates in `slots`, one device batch; None is a dummy. Index → candidate or fault."""
         combinations = [self.combination(stream, materials, i) for i in slots]
+        sources = [self.source(stream, i) for i in slots]
+        source_B3hw = self._source_images(materials, sources) if stream.sources else None
         sampler = self.generate.sampler()
         with computing():
             seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
@@ -90,16 +98,11 @@ class Dag:
             combined_norm = [norm_ratio(z_CHW) for z_CHW in seeds]
             losses: Sequence[Sequence[float]] = [()] * len(slots)
             if self.refine is not None:
-                refined = self.refine(
-                    self.backbone,
-                    self.models,
-                    z_BCHW,
-                    stream.prompt,
-                    sampler,
-                    materials.artifacts.get("refine", {}),
-                )
+                order = self._order("refine", stream, materials, slots, z_BCHW)
+                refined = self.refine(self.backbone, self.models, order, sampler)
                 z_BCHW, losses = refined.z_BCHW, refined.losses
-            image_B3hw = self.generate(self.backbone, z_BCHW, stream.prompt)
+            generated = self.draw(stream, materials, slots, z_BCHW, source_B3hw)
+            image_B3hw = generated.image_B3hw
             finite = torch.isfinite(image_B3hw).flatten(1).all(1).tolist()
             pixels_Bhw3 = images.to_uint8(torch.nan_to_num(image_B3hw))
             z_BCHW = z_BCHW.float().cpu()
@@ -125,24 +128,65 @@ class Dag:
                     losses=losses[slot],
                     seed_sha256=sha256(z_CHW.numpy().tobytes()),
                     seed_norm=norm_ratio(z_CHW),
+                    prompt=generated.prompts[slot] if generated.prompts else stream.prompt,
+                    source=sources[slot],
+                    noise_ratio=generated.noise_ratios[slot] if generated.noise_ratios else None,
+                    trace=generated.traces[slot] if generated.traces else (),
                 )
         return made
 
+    def draw(
+        self,
+        stream: StreamPlan,
+        materials: Materials,
+        slots: Sequence[int | None],
+        z_BCHW: Tensor,
+        source_B3hw: Tensor | None = None,
+    ) -> Generated:
+        """What the recipe's last stage makes of seeds and source images."""
+        source_B3hw = None if source_B3hw is None else source_B3hw.to(self.backbone.device)
+        order = self._order("generate", stream, materials, slots, z_BCHW, source_B3hw)
+        return self.generate(self.backbone, self.models, order)
+
+    def _order(
+        self,
+        kind: str,
+        stream: StreamPlan,
+        materials: Materials,
+        slots: Sequence[int | None],
+        z_BCHW: Tensor,
+        source_B3hw: Tensor | None = None,
+    ) -> Order:
+        """What a stage is to make of a batch, with randomness and artifact of its own."""
+        return Order(
+            target=stream.question.target,
+            prompt=stream.prompt,
+            z_BCHW=z_BCHW,
+            chances=[self.chance(stream, kind, i) for i in slots],
+            source_B3hw=source_B3hw,
+            artifact=materials.artifacts.get(kind, {}),
+        )
+
     def prepare(
-        self, stream: StreamPlan, read: Callable[[Sequence[Reference]], Tensor], seeds: Seeds | None
+        self,
+        stream: StreamPlan,
+        kind: str,
+        read: Callable[[Sequence[Reference]], Tensor],
+        seeds: Seeds | None,
     ) -> dict[str, Tensor]:
-        """The class artifact, "kind.name" → tensor: what combine and refine make once from the references."""
-        made: dict[str, Tensor] = {}
-        if self.combine is not None and has_artifact(self.combine):
+        """What a stage makes once from the references of a class."""
+        if kind == "combine":
             assert seeds is not None
-            image_N3hw = read(seeds.references)
-            found = self.combine.prepare(self._inverter(stream), image_N3hw, seeds.z_KCHW)
-            made |= {f"combine.{name}": tensor for name, tensor in found.items()}
-        if self.refine is not None and has_artifact(self.refine):
-            image_N3hw = read(stream.references).to(self.backbone.device)
-            found = self.refine.prepare(self.backbone, self.models, image_N3hw)
-            made |= {f"refine.{name}": tensor for name, tensor in found.items()}
-        return made
+            assert self.combine is not None
+            return self.combine.prepare(self._inverter(stream), read(seeds.references), seeds.z_KCHW)
+        material = Material(
+            image_N3hw=read(stream.references).to(self.backbone.device),
+            target=stream.question.target,
+            prompt=stream.prompt,
+            # of the artifact alone: streams of other builds share it
+            chance=Chance(0, ("artifact", stream.artifacts[kind])),
+        )
+        return getattr(self, kind).prepare(self.backbone, self.models, material)
 
     def _inverter(self, stream: StreamPlan) -> Callable[[Tensor], Tensor]:
         """Inverts any number of images as the recipe inverts its references, in its device batches."""
@@ -165,8 +209,28 @@ class Dag:
         if self.combine is None or index is None:
             return None
         assert materials.seeds is not None
-        chance = Chance(index, (self.rng_seed, "combine", stream.label, stream.recipe))
-        return self.combine.draw(chance, len(materials.seeds.references))
+        return self.combine.draw(self.chance(stream, "combine", index), len(materials.seeds.references))
+
+    def chance(self, stream: StreamPlan, stage: str, index: int | None) -> Chance:
+        """The randomness of a candidate in one stage."""
+        if index is None:
+            return DUMMY
+        return Chance(index, (self.rng_seed, stage, stream.target, stream.recipe))
+
+    def source(self, stream: StreamPlan, index: int | None) -> Reference | None:
+        """The image that candidate `index` starts from: each once in an order by chance, then all again."""
+        if index is None or not stream.sources:
+            return None
+        turn, place = divmod(index, len(stream.sources))
+        order = self.chance(stream, "source", index).shared(turn).permutation(len(stream.sources))
+        return stream.sources[order[place]]
+
+    def _source_images(self, materials: Materials, sources: Sequence[Reference | None]) -> Tensor:
+        """Their images, float32 (B, 3, h, w) on the CPU; grey for dummies."""
+        image_N3hw = materials.read([source for source in sources if source is not None])
+        image_B3hw = torch.zeros(len(sources), *image_N3hw.shape[1:])
+        image_B3hw[[source is not None for source in sources]] = image_N3hw
+        return image_B3hw
 
     def seed(
         self, stream: StreamPlan, materials: Materials, index: int | None, chosen: Combination | None
@@ -178,7 +242,7 @@ class Dag:
             z_KCHW = materials.seeds.z_KCHW[list(chosen.parents)]
             return self.combine(z_KCHW, chosen.weights, materials.artifacts.get("combine", {})).float()
         identity = (
-            ("dummy",) if index is None else (self.rng_seed, "noise", stream.label, stream.recipe, index)
+            ("dummy",) if index is None else (self.rng_seed, "noise", stream.target, stream.recipe, index)
         )
         noise = random_stream(*identity).standard_normal(self.backbone.latent_shape, dtype=np.float32)
         return torch.from_numpy(noise)

@@ -53,8 +53,14 @@ def write_manifest(
     for stream in plan.streams:
         counted = references.get(stream.label, {"admitted": 0, "quarantined": 0})
         target = targets.setdefault(
-            stream.label,
-            {"class_index": stream.class_index, "prompt": stream.prompt, **counted, "recipes": {}},
+            stream.target,
+            {
+                "label": stream.label,
+                "class_index": stream.class_index,
+                "prompt": stream.prompt,
+                **counted,
+                "recipes": {},
+            },
         )
         target["recipes"][stream.recipe] = _recipe_account(
             stream, selections[stream.id], seeds.get(stream.id)
@@ -64,7 +70,7 @@ def write_manifest(
         name=plan.config.name,
         samples=sum(shard.rows for shard in shards),
         classes=plan.classes,
-        targets={label: TargetAccount.model_validate(target) for label, target in targets.items()},
+        targets={name: TargetAccount.model_validate(target) for name, target in targets.items()},
         quarantined={label: n["quarantined"] for label, n in references.items() if n["quarantined"]},
         shards=tuple(Shard(**vars(shard)) for shard in sorted(shards, key=lambda s: s.name)),
         files={name: sha256(data) for name, data in _inputs(plan).items()},

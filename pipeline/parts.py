@@ -146,7 +146,7 @@ def account(store: Store, stream: StreamPlan, unit: int) -> UnitAccount | None:
 
 def judge(stream: StreamPlan, scores: Sequence[Mapping[str, float]]) -> list[Verdict]:
     """The verdict of each filter of a stream on one candidate, given its scores by each filter."""
-    return [f.method.decide(row) for f, row in zip(stream.filters, scores, strict=True)]
+    return [f.method.decide(row) for f, row in zip(stream.filters, scores, strict=True) if f.kind == "filter"]
 
 
 def described(stream: StreamPlan) -> dict[str, Any]:

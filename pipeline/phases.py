@@ -141,10 +141,10 @@ class Units:
 
 
 def tallies(plan: Plan, streams: dict[str, Stream]) -> dict[str, Tally]:
-    """Label → counts over all streams of the class, as far as is known."""
+    """Target → counts over all its streams, as far as is known."""
     found: dict[str, Tally] = {}
     for stream in plan.streams:
-        tally = found.setdefault(stream.label, Tally(0))
+        tally = found.setdefault(stream.target, Tally(0))
         selection = streams[stream.id].select()
         tally.quota += stream.quota
         tally.accepted += len(selection.accepted)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipeline.config import BuildConfig, FewerThan, Recipe, Target, method_of
+from pipeline.config import BuildConfig, Recipe, method_of
+from pipeline.goals import Goal, goals
 from pipeline.references import Lock
 from pipeline.select import stream_quotas
 from schemas.errors import UserError
@@ -20,23 +21,26 @@ from schemas.ids import fingerprint, slug
 from schemas.records import Reference
 from schemas.settings import Settings
 from schemas.tables import VERSION, score_name
-from stages.backbones.latent_diffusion import backbone_fingerprint
+from stages.backbones.latent_diffusion import BackboneFacts, backbone_fingerprint
 from stages.backbones.models import LoadedModels
-from stages.contract import Method, Models, Question, has_artifact
+from stages.contract import Facts, Models, Question
 
 
 @dataclass(frozen=True)
 class FilterPlan:
+    """A filter or a measure."""
+
+    kind: str
     settings: Settings
     id: str  # fingerprint of what its scores depend on; thresholds are not among it
 
     @cached_property
     def method(self) -> Any:
-        return method_of("filter", self.settings)
+        return method_of(self.kind, self.settings)
 
     def __reduce__(self) -> Any:
         # without the method: a worker must look it up itself, for only that gives a user's class its name
-        return FilterPlan, (self.settings, self.id)
+        return FilterPlan, (self.kind, self.settings, self.id)
 
 
 @dataclass(frozen=True)
@@ -44,28 +48,30 @@ class StreamPlan:
     """The candidates of one (target, recipe)."""
 
     id: str  # fingerprint of all that the bytes of its parts depend on
+    target: str  # the class as its folder is called, or "source -> class"
     label: str  # the class as its folder is called
     class_index: int
     recipe: str
     prompt: str
     question: Question
-    references: tuple[Reference, ...]
+    references: tuple[Reference, ...]  # of its class, where it inverts them or learns from them
+    sources: tuple[Reference, ...]  # images that candidates start from
     quota: int
     max_units: int
     unit: int
     batch: int
     seeds: str | None  # fingerprint of its reference seeds
-    artifact: str | None  # fingerprint of its class artifact
-    filters: tuple[FilterPlan, ...]
+    artifacts: Mapping[str, str]  # kind of stage → fingerprint of what it made once for the class
+    filters: tuple[FilterPlan, ...]  # and measures
 
     @property
     def name(self) -> str:
-        return f"{self.label} / {self.recipe}"
+        return f"{self.target} / {self.recipe}"
 
     def key(self, index: int) -> str:
         """The key of a candidate: readable, unique, without dots."""
         # with the longest extension it must fit the 100 bytes of a tar's name field
-        return f"{slug(self.label, 40)}-{slug(self.recipe, 32)}-{index:06d}-{self.id[:8]}"
+        return f"{slug(self.target, 40)}-{slug(self.recipe, 32)}-{index:06d}-{self.id[:8]}"
 
 
 @dataclass(frozen=True)
@@ -100,17 +106,14 @@ class Plan:
         return f"builds/{self.build_id}"
 
     def used_references(self) -> list[Reference]:
-        """References that some stream inverts or learns from."""
-        return [r for s in self.streams if s.seeds or s.artifact for r in s.references]
+        """References that some stream inverts, learns from or starts from."""
+        return [r for s in self.streams for r in (*s.references, *s.sources)]
 
 
 def make_plan(config: BuildConfig, lock: Lock) -> Plan:
     """Resolve targets, check that they can be met in principle, and name everything. Raises `UserError`."""
-    models = LoadedModels()
-    backbone = backbone_fingerprint(config.backbone)
-    used = {"backbone": backbone}
-    chosen = _targets(config, lock)
-    classes = tuple(sorted({*lock.classes, *chosen}))
+    asked = goals(config, lock)
+    classes = tuple(sorted({*lock.classes, *(goal.label for goal in asked)}))
     readable = {label: config.readable(label) for label in classes}
     named = {readable[label]: label for label in classes}
     if twins := [label for label in classes if named[readable[label]] != label]:
@@ -119,181 +122,172 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
             f"targets: the classes {twins[0]!r} and {named[name]!r} both read {name!r}; rename one"
         )
     prompts = {label: config.prompt.replace("{class}", readable[label]) for label in classes}
+    known = _Known(config, lock, LoadedModels(), BackboneFacts(config.backbone))
 
     streams = []
-    for label, target in chosen.items():
-        shares = config.shares(target)
-        quotas = stream_quotas(shares, target.accepted)
+    for goal in asked:
         question = Question(
-            target=readable[label],
-            prompt=prompts[label],
-            others={readable[other]: prompts[other] for other in classes if other != label},
+            target=readable[goal.label],
+            prompt=prompts[goal.label],
+            others={readable[other]: prompts[other] for other in classes if other != goal.label},
         )
-        for recipe_name, quota in quotas.items():
-            recipe = config.recipes[recipe_name]
-            references = lock.classes.get(label, ())
-            _check_references(config, label, recipe_name, recipe, len(references))
-            ids = _stream_ids(
-                config, backbone, models, recipe, label, recipe_name, prompts[label], references
-            )
-            filters = tuple(
-                FilterPlan(settings, _filter_id(settings, models, question, used))
-                for settings in config.filters(target, recipe_name)
-            )
-            for f in filters:
-                f.method.check(models, question)
-            if recipe.refine is not None:
-                method_of("refine", recipe.refine).check(method_of("generate", recipe.generate).sampler())
-            used |= _model_ids(method_of("refine", recipe.refine), models) if recipe.refine else {}
-            streams.append(
-                StreamPlan(
-                    label=label,
-                    class_index=classes.index(label),
-                    recipe=recipe_name,
-                    prompt=prompts[label],
-                    question=question,
-                    references=references if ids["seeds"] or ids["artifact"] else (),
-                    quota=quota,
-                    max_units=math.ceil(quota * target.attempts / recipe.unit),
-                    unit=recipe.unit,
-                    batch=recipe.batch,
-                    filters=filters,
-                    **ids,
-                )
-            )
+        quotas = stream_quotas(config.shares(goal.target), goal.target.accepted)
+        streams += [
+            known.stream(goal, name, quota, question, classes.index(goal.label))
+            for name, quota in quotas.items()
+        ]
     made_by = {s.id: [f.id for f in s.filters] for s in streams}  # versions of methods are in these alone
     build_id = fingerprint(
         {
             "config": config.described(),
             "references": lock.fingerprint,
-            "models": used,
+            "models": known.used,
             "streams": made_by,
         }
     )
-    return Plan(build_id, config, lock, tuple(streams), classes, dict(sorted(used.items())))
+    return Plan(build_id, config, lock, tuple(streams), classes, dict(sorted(known.used.items())))
 
 
-def _targets(config: BuildConfig, lock: Lock) -> dict[str, Target]:
-    """Label → its target, in label order."""
-    chosen: dict[str, Target] = {}
-    for i, target in enumerate(config.targets):
-        for label in _labels(config, lock, target, f"targets.{i}.classes"):
-            if label in chosen:
-                raise UserError(
-                    f"targets.{i}.classes: {label!r} is asked for by two targets; name each class once"
-                )
-            chosen[label] = target
-    return dict(sorted(chosen.items()))
+class _Known:
+    """What a plan knows of config, references and models, and the fingerprints that it takes of them."""
 
+    def __init__(self, config: BuildConfig, lock: Lock, models: Models, facts: Facts):
+        self.config, self.lock, self.models, self.facts = config, lock, models, facts
+        self.backbone = backbone_fingerprint(config.backbone)
+        self.used = {"backbone": self.backbone}  # models of the build → fingerprint
 
-def _labels(config: BuildConfig, lock: Lock, target: Target, where: str) -> list[str]:
-    if isinstance(target.classes, tuple):
-        # without references there is nothing to compare the names with: prompts alone define the classes
-        if config.references is not None:
-            seen = lock.account()
-            for label in target.classes:
-                if label not in seen:
-                    known = ", ".join(list(seen)[:30])
-                    raise UserError(f"{where}: no references of class {label!r}; classes there: {known}")
-        return list(target.classes)
-    if not lock.account():
-        raise UserError(f"{where}: needs `references` to know the classes; set them or list the classes")
-    if isinstance(target.classes, FewerThan):
-        limit = target.classes.fewer_than
-        labels = [label for label in lock.account() if len(lock.classes.get(label, ())) < limit]
-        if not labels:
-            raise UserError(f"{where}: no class has fewer than {limit} references")
-        return labels
-    return list(lock.account())
-
-
-def _check_references(config: BuildConfig, label: str, name: str, recipe: Recipe, count: int) -> None:
-    needed, method = 0, ""
-    if recipe.combine is not None:
-        needed, method = method_of("combine", recipe.combine).seeds_needed(), recipe.combine.method  # type: ignore[attr-defined]
-    if recipe.refine is not None and has_artifact(method_of("refine", recipe.refine)) and needed < 1:
-        needed, method = 1, recipe.refine.method  # type: ignore[attr-defined]
-    if count < needed:
-        refused = config.references is not None and count == 0
-        raise UserError(
-            f"class {label!r} has {count} usable references, but {method} in recipe {name!r} needs {needed};"
-            + (" none of its files could be used;" if refused else "")
-            + " add images, or leave the class out of the targets"
+    def stream(self, goal: Goal, name: str, quota: int, question: Question, class_index: int) -> StreamPlan:
+        """The candidates of one goal by one recipe. Raises `UserError` when they cannot be made."""
+        recipe = self.config.recipes[name]
+        generate = method_of("generate", recipe.generate)
+        own = self.lock.classes.get(goal.label, ())
+        self._enough(goal.label, name, recipe, len(own))
+        if generate.sampler().steps > self.facts.timesteps:
+            raise UserError(
+                f"recipes.{name}.generate.steps: {generate.sampler().steps} given, the backbone has"
+                f" {self.facts.timesteps} timesteps"
+            )
+        generate.check(self.facts, self.models, question.target, question.prompt)
+        if recipe.refine is not None:
+            method_of("refine", recipe.refine).check(generate.sampler(), self.models, question.target)
+        sources: tuple[Reference, ...] = ()
+        if generate.starts_from == "reference":
+            sources = own
+        elif generate.starts_from == "source":
+            sources = tuple(r for label in goal.sources for r in self.lock.classes[label])
+        ids = self._ids(recipe, goal.name, name, question.prompt, own, sources)
+        filters = tuple(
+            FilterPlan(kind, settings, self._filter_id(kind, settings, question))
+            for kind, chosen in (
+                ("filter", self.config.filters(goal.target, name)),
+                ("measure", self.config.measure),
+            )
+            for settings in chosen
+        )
+        for f in filters:
+            f.method.check(self.models, question)
+        return StreamPlan(
+            target=goal.name,
+            label=goal.label,
+            class_index=class_index,
+            recipe=name,
+            prompt=question.prompt,
+            question=question,
+            references=own if ids["seeds"] or ids["artifacts"] else (),
+            sources=sources,
+            quota=quota,
+            max_units=math.ceil(quota * goal.target.attempts / recipe.unit),
+            unit=recipe.unit,
+            batch=recipe.batch,
+            filters=filters,
+            **ids,
         )
 
+    def _enough(self, label: str, name: str, recipe: Recipe, count: int) -> None:
+        """Raise when a class has fewer references than the methods of a recipe need."""
+        needed, method = 0, ""
+        if recipe.combine is not None:
+            combine = method_of("combine", recipe.combine)
+            needed, method = combine.seeds_needed(), combine.name
+        generate = method_of("generate", recipe.generate)
+        learning = [method_of("refine", recipe.refine)] if recipe.refine is not None else []
+        for one in [*learning, generate]:
+            if needed < 1 and (
+                one.prepared() is not None or (one is generate and one.starts_from == "reference")
+            ):
+                needed, method = 1, one.name
+        if count < needed:
+            refused = self.config.references is not None and count == 0
+            raise UserError(
+                f"class {label!r} has {count} usable references, but {method} in recipe {name!r} needs"
+                f" {needed};"
+                + (" none of its files could be used;" if refused else "")
+                + " add images, or leave the class out of the targets"
+            )
 
-def _identity(settings: Settings, kind: str) -> dict[str, Any]:
-    method: Method = method_of(kind, settings)
-    return {"settings": settings.model_dump(mode="json"), "version": method.version}
+    def _ids(
+        self,
+        recipe: Recipe,
+        target: str,
+        name: str,
+        prompt: str,
+        references: tuple[Reference, ...],
+        sources: tuple[Reference, ...],
+    ) -> dict[str, Any]:
+        """Fingerprints of seeds, artifacts and parts: each covers all that its bytes depend on."""
+        hashes = [r.sha256 for r in references]
+        common = {"format": VERSION, "backbone": self.backbone, "prompt": prompt, "batch": recipe.batch}
+        seeds = None
+        if recipe.combine is not None:
+            assert recipe.invert is not None  # Recipe fills it in
+            # per image: the set of references is not part of it, so a new image leaves other seeds alone
+            seeds = fingerprint({**common, "invert": method_of("invert", recipe.invert).identity()})
+        stages, artifacts = {}, {}
+        for kind in ("combine", "refine", "generate"):
+            if (settings := getattr(recipe, kind)) is None:
+                continue
+            method = method_of(kind, settings)
+            models = {} if kind == "combine" else self._model_ids(method)
+            stages[kind] = {**method.identity(), "models": models}
+            if (made := method.prepared()) is not None:
+                made_from = {"references": hashes, "seeds": seeds if kind == "combine" else None}
+                artifacts[kind] = fingerprint({**common, **made_from, "models": models, "made": dict(made)})
+        parts = fingerprint(
+            {
+                **common,
+                "rng_seed": self.config.rng_seed,
+                "target": target,
+                "recipe": name,
+                "stages": stages,
+                "seeds": seeds,
+                "artifacts": artifacts,
+                "references": hashes if seeds or artifacts else [],
+                "sources": [r.sha256 for r in sources],
+                "unit": recipe.unit,
+                "image": [self.config.shard.image, self.config.shard.quality],
+            }
+        )
+        return {"id": parts, "seeds": seeds, "artifacts": artifacts}
 
-
-def _model_ids(method: Any, models: Models) -> dict[str, str]:
-    return {f"{kind} {name}": models.fingerprint(kind, name) for kind, name in method.models().items()}
-
-
-def _stream_ids(
-    config: BuildConfig,
-    backbone: str,
-    models: Models,
-    recipe: Recipe,
-    label: str,
-    recipe_name: str,
-    prompt: str,
-    references: tuple[Reference, ...],
-) -> dict[str, Any]:
-    """Fingerprints of a stream's seeds, artifact and parts: each covers all that its bytes depend on."""
-    hashes = [r.sha256 for r in references]
-    common = {"format": VERSION, "backbone": backbone, "prompt": prompt, "batch": recipe.batch}
-    seeds = artifact = None
-    stages = {"generate": _identity(recipe.generate, "generate")}
-    if recipe.combine is not None:
-        assert recipe.invert is not None  # Recipe fills it in
-        # per image: the set of references is not part of it, so a new image leaves the others' seeds alone
-        seeds = fingerprint({**common, "invert": _identity(recipe.invert, "invert")})
-        stages["combine"] = _identity(recipe.combine, "combine")
-    if recipe.refine is not None:
-        stages["refine"] = {
-            **_identity(recipe.refine, "refine"),
-            "models": _model_ids(method_of("refine", recipe.refine), models),
+    def _model_ids(self, method: Any) -> dict[str, str]:
+        ids = {
+            f"{kind} {name}": self.models.fingerprint(kind, name) for kind, name in method.models().items()
         }
-    makers = {
-        kind: stages[kind]
-        for kind, settings in (("combine", recipe.combine), ("refine", recipe.refine))
-        if settings is not None and has_artifact(method_of(kind, settings))
-    }
-    if makers:
-        made_from = {"references": hashes, "seeds": seeds if "combine" in makers else None}
-        artifact = fingerprint({**common, **made_from, "stages": makers})
-    parts = fingerprint(
-        {
-            **common,
-            "rng_seed": config.rng_seed,
-            "target": label,
-            "recipe": recipe_name,
-            "stages": stages,
-            "seeds": seeds,
-            "artifact": artifact,
-            "references": hashes if seeds or artifact else [],
-            "unit": recipe.unit,
-            "image": [config.shard.image, config.shard.quality],
-        }
-    )
-    return {"id": parts, "seeds": seeds, "artifact": artifact}
+        self.used |= ids
+        return ids
 
-
-def _filter_id(settings: Settings, models: Models, question: Question, used: dict[str, str]) -> str:
-    method = method_of("filter", settings)
-    ids = _model_ids(method, models)
-    used |= ids
-    return fingerprint(
-        {
-            "format": VERSION,
-            "method": method.name,
-            "version": method.version,
-            "scored": dict(method.scored()),
-            "models": ids,
-            "target": question.target,
-            "prompt": question.prompt,
-            "others": dict(question.others),
-        }
-    )
+    def _filter_id(self, kind: str, settings: Settings, question: Question) -> str:
+        method = method_of(kind, settings)
+        return fingerprint(
+            {
+                "format": VERSION,
+                "method": method.name,
+                "version": method.version,
+                "scored": dict(method.scored()),
+                "models": self._model_ids(method),
+                "backbone": self.backbone if method.uses_backbone else None,
+                "target": question.target,
+                "prompt": question.prompt,
+                "others": dict(question.others),
+            }
+        )

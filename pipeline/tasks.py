@@ -30,6 +30,7 @@ class AssessTask:
 @dataclass(frozen=True)
 class PrepareTask:
     stream: str  # any stream with this artifact
+    kind: str  # of the stage that makes it
 
 
 @dataclass(frozen=True)

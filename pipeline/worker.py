@@ -69,7 +69,7 @@ class Worker:
         self._clock = threading.local()  # device seconds of the task that runs on a thread
         with self._computing():
             self.backbone = load_backbone(plan.config.backbone, self.device)
-            self.models = LoadedModels(self.device)
+            self.models = LoadedModels(self.device, self.backbone)
             self._compare_models()
         self.dags = {
             name: Dag(plan.config, recipe, self.backbone, self.models)
@@ -88,7 +88,7 @@ class Worker:
                 stream = self.plan.by_id[task.stream]
                 return assess(stream, self.plan.config.recipes[stream.recipe], self._seeds(stream.id))
             case PrepareTask():
-                return self._prepare(self.plan.by_id[task.stream])
+                return self._prepare(self.plan.by_id[task.stream], task.kind)
             case UnitTask():
                 return self._unit(self.plan.by_id[task.stream], task)
             case ProbeTask():
@@ -167,12 +167,11 @@ class Worker:
             self.store.put_new(seed_name(stream.seeds, reference), data)
         return Done(len(references))
 
-    def _prepare(self, stream: StreamPlan) -> Receipt:
-        assert stream.artifact is not None
+    def _prepare(self, stream: StreamPlan, kind: str) -> Receipt:
         dag = self.dags[stream.recipe]
         with self._computing():
-            made = dag.prepare(stream, self._images, self._seeds(stream.id) if stream.seeds else None)
-        self.store.put_new(artifact_name(stream.artifact), to_safetensors(made))
+            made = dag.prepare(stream, kind, self._images, self._seeds(stream.id) if stream.seeds else None)
+        self.store.put_new(artifact_name(stream.artifacts[kind]), to_safetensors(made))
         return Done(1)
 
     # --- generate and score ------------------------------------------------------------------------------
@@ -245,11 +244,13 @@ class Worker:
             candidate = made.get(index)
             row: dict[str, Any] = dict.fromkeys(tables.PART.names)
             row |= {"index": index, "key": stream.key(index), "prompt": stream.prompt}
-            row["artifact"] = stream.artifact
+            row["artifacts"] = sorted(stream.artifacts.values())
             if isinstance(candidate, Candidate):
-                chosen, losses = candidate.combination, list(candidate.losses)
+                chosen, losses, source = candidate.combination, list(candidate.losses), candidate.source
                 row |= {
                     "status": "ok",
+                    "prompt": candidate.prompt,
+                    "noise_ratio": candidate.noise_ratio,
                     "combined_norm": candidate.combined_norm,
                     "parents_cosine": candidate.parents_cosine,
                     "seed_sha256": candidate.seed_sha256,
@@ -260,11 +261,13 @@ class Worker:
                     "image": candidate.image,
                 }
             else:
-                chosen, losses = None, []
+                chosen, losses, source = None, [], dag.source(stream, index)
                 with contextlib.suppress(Exception):  # what failed may be the drawing itself
                     chosen = dag.combination(stream, materials, index)
                 row |= {"status": "failed", "error": failed[index]}
             row["refine_losses"] = losses
+            row["generate_trace"] = list(candidate.trace) if isinstance(candidate, Candidate) else []
+            row |= {"source": source.sha256, "source_class": source.label} if source else {}
             seeds = materials.seeds
             row["parents"] = [seeds.references[p].sha256 for p in chosen.parents] if chosen and seeds else []
             row["weights"] = list(chosen.weights) if chosen else []
@@ -293,13 +296,15 @@ class Worker:
 
     def _load_materials(self, stream_id: str) -> Materials:
         stream = self.plan.by_id[stream_id]
-        artifacts: dict[str, dict[str, Tensor]] = {}
-        if stream.artifact is not None:
-            for name, tensor in read_tensors(self.store, artifact_name(stream.artifact)).items():
-                kind, _, key = name.partition(".")
-                # seeds are combined on the CPU
-                artifacts.setdefault(kind, {})[key] = tensor if kind == "combine" else tensor.to(self.device)
-        return Materials(self._seeds(stream_id) if stream.seeds else None, artifacts)
+        artifacts = {
+            # seeds are combined on the CPU
+            kind: {
+                name: tensor if kind == "combine" else tensor.to(self.device)
+                for name, tensor in read_tensors(self.store, artifact_name(artifact)).items()
+            }
+            for kind, artifact in stream.artifacts.items()
+        }
+        return Materials(self._seeds(stream_id) if stream.seeds else None, artifacts, self._images)
 
 
 def describe(error: Exception) -> str:

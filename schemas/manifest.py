@@ -13,7 +13,7 @@ from schemas.errors import UserError
 from schemas.sealed import seal, unseal
 from schemas.settings import Settings
 
-VERSION = 2
+VERSION = 3
 
 
 class Shard(Settings):
@@ -48,6 +48,7 @@ class RecipeAccount(Settings):
 
 
 class TargetAccount(Settings):
+    label: str  # the class
     class_index: int
     prompt: str
     admitted: int
@@ -61,7 +62,7 @@ class Manifest(Settings):
     name: str
     samples: int
     classes: tuple[str, ...]  # in the order of their class index
-    targets: dict[str, TargetAccount]
+    targets: dict[str, TargetAccount]  # by name: a class, or "source -> class"
     quarantined: dict[str, int]  # class → files set aside, over all classes of the references
     shards: tuple[Shard, ...]
     files: dict[str, str] = Field(description="other files of the build → sha256")
@@ -83,4 +84,7 @@ class Manifest(Settings):
             raise UserError(
                 f"{name}: written by a newer seedloom (format {content['version']}); upgrade to read it"
             )
+        if content["version"] < 3:  # a target was a class then
+            for label, target in content["targets"].items():
+                target["label"] = label
         return cls.model_validate(content)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-VERSION = 2
+VERSION = 3
 
 # How a candidate came to be: the same columns in a part and beside a shard.
 _RECIPE = [
@@ -15,8 +15,12 @@ _RECIPE = [
     pa.field("weights", pa.list_(pa.float64()), nullable=False),  # were combined, and their weights
     pa.field("combined_norm", pa.float64()),  # |z| / √d of the combined seed, before it was refined
     pa.field("parents_cosine", pa.float64()),  # of the combined seeds, mean over pairs; 0: independent
-    pa.field("artifact", pa.string()),  # hash of the class artifact that combining or refining used
+    pa.field("artifacts", pa.list_(pa.string()), nullable=False),  # hashes of what was made for the class
     pa.field("refine_losses", pa.list_(pa.float64()), nullable=False),
+    pa.field("source", pa.string()),  # sha256 of the image that it started from
+    pa.field("source_class", pa.string()),
+    pa.field("noise_ratio", pa.float64()),  # r: share of the sampler's steps that drew it, from that image
+    pa.field("generate_trace", pa.list_(pa.float64()), nullable=False),  # by what generating decided
     pa.field("seed_sha256", pa.string()),  # of the float32 bytes of z_T, C-order
     pa.field("seed_norm", pa.float64()),  # |z_T| / √d
 ]
@@ -41,8 +45,12 @@ PART = pa.schema(
 
 
 def score_name(filter_name: str, column: str) -> str:
-    """The column of a score beside a shard: "clip_margin"; dots would nest in some readers."""
-    return f"{filter_name.replace(':', '_').replace('.', '_')}_{column}"
+    """The column of a score beside a shard: "clip_margin"; dots would nest in some readers.
+
+    A measure whose only column is called as it is does not say it twice: "clip_score".
+    """
+    name = filter_name.replace(":", "_").replace(".", "_")
+    return name if column == name else f"{name}_{column}"
 
 
 def scores(columns: Sequence[str]) -> pa.Schema:

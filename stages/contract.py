@@ -51,6 +51,17 @@ class Backbone(Protocol):
         """Text embeddings, one row a prompt."""
         ...
 
+    def embed_words(self, prompt: str, words: Mapping[str, Float[Tensor, "B D"]]) -> Float[Tensor, "B L D"]:
+        """Embeddings of one prompt in which some words are vectors, a row for each row of the vectors.
+
+        The gradient reaches the vectors and nothing else. Raises `UserError` for a word that is not there.
+        """
+        ...
+
+    def word(self, text: str | None) -> Float[Tensor, " D"]:
+        """The vector of a word of one token; of None, the mean of all. Raises `UserError` for other words."""
+        ...
+
     def predict(
         self, z_BCHW: Float[Tensor, "B C H W"], t: int, text_BLD: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C H W"]:
@@ -63,6 +74,29 @@ class Backbone(Protocol):
 
     def decode(self, z_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         """Images, not clamped, differentiable."""
+        ...
+
+
+@runtime_checkable
+class Facts(Protocol):
+    """What is known of a backbone before it is loaded."""
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps of the training schedule."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, with those that open and close it."""
+        ...
+
+    def tokens(self, text: str) -> tuple[str, ...]:
+        """The pieces that the text encoder reads, without those that open and close a prompt."""
+        ...
+
+    def is_piece(self, text: str) -> bool:
+        """Whether the vocabulary has this very piece, as a whole word or as a part of one."""
         ...
 
 
@@ -87,18 +121,51 @@ class ImageClassifier(Protocol):
 
 
 @runtime_checkable
+class Captioner(Protocol):
+    fingerprint: str
+
+    def caption(self, image_3hw: Float[Tensor, "3 h w"]) -> str:
+        """What the image shows, in a few words; the same words each time."""
+        ...
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """What an image looks like to a network, as numbers. Features are not normalised."""
+
+    fingerprint: str
+
+    def features(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B E"]: ...
+
+
+ModelKind = Literal["captioner", "classifier", "clip", "extractor"]
+
+
+@runtime_checkable
 class Models(Protocol):
     """The models of a worker: each is loaded once, when first asked for."""
+
+    def backbone(self) -> Backbone:
+        """The backbone of the build, for measures that use it."""
+        ...
 
     def clip(self, model: str) -> ClipModel: ...
 
     def classifier(self, model: str) -> ImageClassifier: ...
 
+    def captioner(self, model: str) -> Captioner: ...
+
     def classes(self, model: str) -> tuple[str, ...]:
         """What `classifier(model).classes` would be, without loading the weights into memory."""
         ...
 
-    def fingerprint(self, kind: Literal["clip", "classifier"], model: str) -> str:
+    def extractor(self, model: str) -> FeatureExtractor: ...
+
+    def feature_size(self, model: str) -> int | None:
+        """E of `extractor(model)`, without loading the weights; None: only the model itself knows."""
+        ...
+
+    def fingerprint(self, kind: ModelKind, model: str) -> str:
         """What `clip(model).fingerprint` would be, without loading the weights into memory."""
         ...
 
@@ -139,10 +206,45 @@ class Chance:
         return random_stream(*self.stream, "shared", *what)
 
 
+DUMMY = Chance(0, ("dummy",))  # of the rows that fill a batch
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an artifact is made from: the references of a class, and randomness of its own."""
+
+    image_N3hw: Float[Tensor, "N 3 h w"]
+    target: str  # the class as people read it
+    prompt: str
+    chance: Chance
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a batch of candidates is refined or generated from; every sequence has one entry a row."""
+
+    prompt: str
+    z_BCHW: Float[Tensor, "B C H W"]  # seeds: random noise, or combined; to generate from, also refined
+    target: str = ""  # the class as people read it
+    chances: Sequence[Chance] = ()
+    source_B3hw: Float[Tensor, "B 3 h w"] | None = None  # the image that each row starts from, if any
+    artifact: Mapping[str, Tensor] = field(default_factory=dict)  # what `prepare` made
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Images in [-1, 1], and what is to be known of each."""
+
+    image_B3hw: Float[Tensor, "B 3 h w"]
+    prompts: Sequence[str] | None = None  # what each row was asked for, where it is not the order's prompt
+    noise_ratios: Sequence[float] | None = None  # r of each row that started from an image
+    traces: Sequence[Sequence[float]] | None = None  # the numbers by which the method decided, or its losses
+
+
 @dataclass(frozen=True)
 class Refined:
     z_BCHW: Float[Tensor, "B C H W"]
-    losses: list[list[float]]  # the loss of each row before each iteration and after the last one
+    losses: list[list[float]]  # of each row, from its first to its last; rows may have different numbers
 
 
 class Method(ABC):
@@ -156,6 +258,10 @@ class Method(ABC):
 
     def __init__(self, config: Any):
         self.config = config
+
+    def identity(self) -> dict[str, Any]:
+        """What the method is, for fingerprints."""
+        return {"settings": self.config.model_dump(mode="json"), "version": self.version}
 
 
 @dataclass(frozen=True)
@@ -208,6 +314,10 @@ class Combine(Method):
         """The artifact of a class, made once from its references and their seeds; `invert` inverts more."""
         return {}
 
+    def prepared(self) -> Mapping[str, Any] | None:
+        """What the artifact depends on beside references and seeds; None: there is no artifact."""
+        return self.identity() if type(self).prepare is not Combine.prepare else None
+
     @abstractmethod
     def __call__(
         self, z_KCHW: Float[Tensor, "K C H W"], weights: Sequence[float], artifact: Mapping[str, Tensor]
@@ -215,53 +325,52 @@ class Combine(Method):
         """One seed from the K parents that `draw` chose, in its order, with its weights."""
 
 
-class Refine(Method):
-    kind = "refine"
-
-    def check(self, sampler: Sampler) -> None:
-        """Raise `UserError` when the method cannot work with this sampler. Asked before anything is made."""
+class Learning(Method):
+    """A method that makes something once from the references of a class: its artifact."""
 
     def models(self) -> Mapping[str, str]:
-        """The scoring models that the method uses, kind → name, for fingerprints: {"clip": "tangram"}."""
+        """The models that the method uses beside the backbone, kind → name: {"clip": "tangram"}."""
         return {}
 
-    def prepare(
-        self, backbone: Backbone, models: Models, image_N3hw: Float[Tensor, "N 3 h w"]
-    ) -> dict[str, Tensor]:
-        """The artifact of a class, made once from its references and shared by all its units."""
+    def prepared(self) -> Mapping[str, Any] | None:
+        """What the artifact depends on beside references and models; None: there is no artifact.
+
+        Methods that say the same share one.
+        """
+        return self.identity() if type(self).prepare is not Learning.prepare else None
+
+    def prepare(self, backbone: Backbone, models: Models, material: Material) -> dict[str, Tensor]:
+        """The artifact, shared by all units."""
         return {}
+
+
+class Refine(Learning):
+    kind = "refine"
+
+    def check(self, sampler: Sampler, models: Models, target: str) -> None:
+        """Raise `UserError` for what cannot work. Is asked by a plan, so it must load no weights."""
 
     @abstractmethod
-    def __call__(
-        self,
-        backbone: Backbone,
-        models: Models,
-        z_BCHW: Float[Tensor, "B C H W"],
-        prompt: str,
-        sampler: Sampler,
-        artifact: Mapping[str, Tensor],
-    ) -> Refined:
-        """Better seeds for the same prompt. `sampler` is the one that will draw the images."""
+    def __call__(self, backbone: Backbone, models: Models, order: Order, sampler: Sampler) -> Refined:
+        """Better seeds for the same order. `sampler` is the one that will draw the images."""
 
 
-def has_artifact(method: Combine | Refine) -> bool:
-    """Whether the method makes anything once for a class."""
-    kind = Combine if isinstance(method, Combine) else Refine
-    return type(method).prepare is not kind.prepare
-
-
-class Generate(Method):
+class Generate(Learning):
     kind = "generate"
+
+    starts_from: ClassVar[Literal["seed", "reference", "source"]] = "seed"
+    """Whether a row is drawn from its seed alone, or from an image of its own class, or of another one."""
 
     @abstractmethod
     def sampler(self) -> Sampler:
         """The sampler settings with which images are drawn."""
 
+    def check(self, facts: Facts, models: Models, target: str, prompt: str) -> None:
+        """Raise `UserError` for what cannot work. Is asked by a plan, so it must load no weights."""
+
     @abstractmethod
-    def __call__(
-        self, backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], prompt: str
-    ) -> Float[Tensor, "B 3 h w"]:
-        """Images in [-1, 1], one a seed."""
+    def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
+        """One image a row."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +385,13 @@ class Question:
     others: Mapping[str, str] = field(default_factory=dict)  # every other class of the build → its prompt
 
 
-class Filter(Method):
-    kind = "filter"
+class Measure(Method):
+    """Numbers of an image, kept beside it. A measure rejects nothing."""
+
+    kind = "measure"
+
+    uses_backbone: ClassVar[bool] = False
+    """Whether the scores depend on the backbone."""
 
     def models(self) -> Mapping[str, str]:
         """The scoring models that the method uses, kind → name, for fingerprints."""
@@ -301,7 +415,16 @@ class Filter(Method):
     def score(
         self, models: Models, image_B3hw: Float[Tensor, "B 3 h w"], question: Question
     ) -> dict[str, list[float]]:
-        """Scores of decoded images, a list of B numbers for each of `columns`."""
+        """Scores of decoded images, a list of B numbers for each of `columns`.
+
+        The batch is the one in which the images were made; a candidate that failed is a grey image.
+        """
+
+
+class Filter(Measure):
+    """A measure that decides."""
+
+    kind = "filter"
 
     @abstractmethod
     def decide(self, scores: Mapping[str, float]) -> Verdict:

@@ -21,6 +21,7 @@ KINDS: dict[str, type[contract.Method]] = {
     "refine": contract.Refine,
     "generate": contract.Generate,
     "filter": contract.Filter,
+    "measure": contract.Measure,
 }
 
 _methods: dict[tuple[str, str], type[contract.Method]] = {}

@@ -13,7 +13,9 @@ Shape letters: B batch, C H W latent, L D text tokens and width. ᾱ is `alpha`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -89,46 +91,84 @@ def ddim_step(
     return alpha_to**0.5 * x0_BCHW + (1 - alpha_to) ** 0.5 * epsilon_BCHW
 
 
-def predict_guided(
-    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: int, prompt: str, guidance: float
-) -> Float[Tensor, "B C H W"]:
-    """The model's output under guidance: one call of B rows when g = 1, else one of 2B.
+@dataclass(frozen=True)
+class Condition:
+    """What the model is asked for: a text for each row, the text it is pushed away from, and how much."""
 
-    The unconditional branch is the empty prompt.
-    """
-    batch = len(z_BCHW)
-    text_BLD = backbone.embed([prompt]).expand(batch, -1, -1)
-    if guidance == 1:
-        return backbone.predict(z_BCHW, t, text_BLD)
-    empty_BLD = backbone.embed([""]).expand(batch, -1, -1)
-    both = backbone.predict(torch.cat([z_BCHW, z_BCHW]), t, torch.cat([empty_BLD, text_BLD]))
+    text_BLD: Float[Tensor, "B L D"]
+    negative_BLD: Float[Tensor, "B L D"]
+    guidance: float  # g: 1 is none, and then the negative text is not looked at
+
+
+# A prompt, a condition, or the condition of step k, chosen when its latents z_BCHW are known.
+Ask = str | Condition | Callable[[int, Tensor], Condition]
+
+
+def condition(
+    backbone: Backbone, prompt: str | Sequence[str], guidance: float, batch: int, negative: str = ""
+) -> Condition:
+    """The condition of one prompt for all rows, or of one a row. `negative`: no words unless given."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    text_BLD = backbone.embed(prompts).expand(batch, -1, -1)
+    return Condition(text_BLD, backbone.embed([negative]).expand(batch, -1, -1), guidance)
+
+
+def predict_guided(
+    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: int, asked: Condition
+) -> Float[Tensor, "B C H W"]:
+    """The model's output under guidance: one call of B rows when g = 1, else one of 2B."""
+    if asked.guidance == 1:
+        return backbone.predict(z_BCHW, t, asked.text_BLD)
+    both = backbone.predict(torch.cat([z_BCHW, z_BCHW]), t, torch.cat([asked.negative_BLD, asked.text_BLD]))
     unconditional_BCHW, conditional_BCHW = both.chunk(2)
-    return unconditional_BCHW + guidance * (conditional_BCHW - unconditional_BCHW)
+    return unconditional_BCHW + asked.guidance * (conditional_BCHW - unconditional_BCHW)
+
+
+def add_noise(
+    z0_BCHW: Float[Tensor, "B C H W"], noise_BCHW: Float[Tensor, "B C H W"], alpha: float
+) -> Float[Tensor, "B C H W"]:
+    """The latent at noise level ᾱ: √ᾱ·z_0 + √(1−ᾱ)·n."""
+    return alpha**0.5 * z0_BCHW + (1 - alpha) ** 0.5 * noise_BCHW
+
+
+def steps_of(ratio: float, steps: int) -> int:
+    """⌊r·steps⌋: how many of the sampler's last steps draw an image at noise ratio r, a decimal number."""
+    return int(Fraction(str(ratio)) * steps)
 
 
 def denoise(
     backbone: Backbone,
     z_BCHW: Float[Tensor, "B C H W"],
-    prompt: str,
+    ask: Ask,
     sampler: Sampler,
     *,
+    first: int = 0,
+    last: int | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
+    correct: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     checkpoint: bool = False,
 ) -> Float[Tensor, "B C H W"]:
-    """From seeds z_T to latents z_0. `callback(k, z_BCHW)` sees the latents after each step k = 0, 1, …
+    """From latents before step `first` to latents after all steps before `last`: by default from z_T to z_0.
 
-    With `checkpoint`, a backward pass recomputes each step instead of keeping its activations: the memory
-    of one step, the same gradient. Whether there is a graph at all is the caller's `torch.no_grad`.
+    `callback(k, z_BCHW)` sees the latents after each step k; `correct(k, before, after)` may replace those
+    after it. With `checkpoint`, a backward pass recomputes each step instead of keeping its activations: the
+    memory of one step, the same gradient. Whether there is a graph at all is the caller's `torch.no_grad`.
     """
     path = timesteps(backbone, sampler.steps)
     levels = alphas(backbone, path)
-    for k, t in enumerate(path):
+    if isinstance(ask, str):
+        ask = condition(backbone, ask, sampler.guidance, len(z_BCHW))
+    for k in range(first, sampler.steps if last is None else last):
+        asked = ask if isinstance(ask, Condition) else ask(k, z_BCHW)
 
-        def step(z_BCHW: Tensor, k: int = k, t: int = t) -> Tensor:
-            output_BCHW = predict_guided(backbone, z_BCHW, t, prompt, sampler.guidance)
+        def step(z_BCHW: Tensor, k: int = k, asked: Condition = asked) -> Tensor:
+            output_BCHW = predict_guided(backbone, z_BCHW, path[k], asked)
             return ddim_step(z_BCHW, output_BCHW, levels[k], levels[k + 1], backbone.prediction_type)
 
+        before_BCHW = z_BCHW
         z_BCHW = recompute(step, z_BCHW, use_reentrant=False) if checkpoint else step(z_BCHW)
+        if correct is not None:
+            z_BCHW = correct(k, before_BCHW, z_BCHW)
         if callback is not None:
             callback(k, z_BCHW)
     return z_BCHW

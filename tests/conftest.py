@@ -14,7 +14,17 @@ from tests.reference_files import bad_files, photographs, png  # noqa: F401  fix
 torch.set_num_threads(1)
 
 # Annotated shapes are checked in every call that a test makes.
-METHODS = ("sampling", "gaussianity", "backbones", "invert", "combine", "refine", "generate", "filter")
+METHODS = (
+    "sampling",
+    "gaussianity",
+    "backbones",
+    "invert",
+    "combine",
+    "refine",
+    "generate",
+    "filter",
+    "measure",
+)
 install_import_hook([f"stages.{name}" for name in METHODS], "beartype.beartype")
 
 
@@ -137,6 +147,13 @@ class GaussianBackbone:
 
     def embed(self, prompts):
         return torch.tensor([[[float(len(prompt))]] for prompt in prompts], dtype=torch.float64)
+
+    def embed_words(self, prompt, words):
+        """A word shifts the mean by its one coordinate."""
+        return self.embed([prompt]) + sum(vector_BD[:, None, :] for vector_BD in words.values())
+
+    def word(self, text):
+        return torch.zeros(1, dtype=torch.float64) if text is None else torch.ones(1, dtype=torch.float64)
 
     def predict(self, z_BCHW, t, text_BLD):
         self.batches.append(len(z_BCHW))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from schemas.ids import random_stream, sha256
-from stages.contract import Backbone, Models, Question
+from stages.contract import Backbone, Generated, Models, Order, Question
 from stages.generate.text_to_image import TextToImage
 from tests.small_build import HashFilter, make_config
 
@@ -119,10 +119,10 @@ class Traced(TextToImage):
         ):
             raise ArithmeticError("cannot load")
 
-    def __call__(self, backbone: Backbone, z_BCHW: Tensor, prompt: str) -> Tensor:
+    def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
         log = Path(self.config.log)
         trace(log, "generate")
-        for row in z_BCHW:
+        for row in order.z_BCHW:
             match self.config.traps.get(sha256(row.contiguous().numpy().tobytes())):
                 case "raise":
                     trace(log, "raise")
@@ -132,7 +132,7 @@ class Traced(TextToImage):
                 case "kill" if not (log / "harmless").exists():
                     trace(log, "kill")
                     os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(backbone, z_BCHW, prompt)
+        return super().__call__(backbone, models, order)
 
 
 class Breaking(HashFilter):

@@ -22,16 +22,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 import yaml
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from schemas.errors import UserError
 from schemas.records import Verdict
 from schemas.settings import Settings
-from stages.contract import Backbone, Filter, Generate, Models, Question, Sampler
+from stages.contract import (
+    Backbone,
+    Chance,
+    Filter,
+    Generate,
+    Generated,
+    Models,
+    Order,
+    Question,
+    Refine,
+    Refined,
+    Sampler,
+)
 
 CLASSES = ("circle", "gear", "ring")
 
@@ -158,10 +173,8 @@ class Sketch(Generate):
     def sampler(self) -> Sampler:
         return Sampler(steps=1, guidance=1.0)
 
-    def __call__(
-        self, backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], prompt: str
-    ) -> Float[Tensor, "B 3 h w"]:
-        return F.interpolate(z_BCHW[:, :3], (backbone.image_size,) * 2).tanh()
+    def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
+        return Generated(F.interpolate(order.z_BCHW[:, :3], (backbone.image_size,) * 2).tanh())
 
 
 class Poisoned(Sketch):
@@ -171,10 +184,29 @@ class Poisoned(Sketch):
         method: str
         share: float = 0.2
 
-    def __call__(self, backbone: Backbone, z_BCHW: Tensor, prompt: str) -> Tensor:
-        if any(fraction(z_CHW.numpy().tobytes()) < self.config.share for z_CHW in z_BCHW):
+    def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
+        if any(fraction(z_CHW.numpy().tobytes()) < self.config.share for z_CHW in order.z_BCHW):
             raise ValueError("poison")
-        return super().__call__(backbone, z_BCHW, prompt)
+        return super().__call__(backbone, models, order)
+
+
+class Shaken(Refine):
+    """Seeds with noise added, by each row's own chance."""
+
+    class Config(Settings):
+        method: str
+
+    def check(self, sampler: Sampler, models: Models, target: str) -> None:
+        if target == "gear":
+            raise UserError("gears are not to be shaken")
+
+    def __call__(self, backbone: Backbone, models: Models, order: Order, sampler: Sampler) -> Refined:
+        noises = [self.noise(chance, backbone.latent_shape) for chance in order.chances]
+        return Refined(order.z_BCHW + torch.stack(noises), [[float(i)] * i for i in range(len(noises))])
+
+    @staticmethod
+    def noise(chance: Chance, shape: tuple[int, ...]) -> Tensor:
+        return torch.from_numpy(chance.own().standard_normal(shape, dtype=np.float32))
 
 
 def sketch_recipe(**overrides: Any) -> dict[str, Any]:

@@ -77,6 +77,20 @@ def clip_fingerprint(model: str) -> str:
     return fingerprint({"files": files.hashes(folder, used)})
 
 
+def clip_feature_size(model: str) -> int:
+    """How many features `load_clip(model, …).encode_image` gives, without the weights."""
+    import open_clip
+
+    name, weights = _parse(model)
+    if weights is None:
+        folder = Path(name.removeprefix(LOCAL))
+        return int(json.loads((folder / "open_clip_config.json").read_bytes())["model_cfg"]["embed_dim"])
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise UserError(f"unknown clip model {model!r}; {ALLOWED}")
+    return int(config["embed_dim"])
+
+
 def _parse(model: str) -> tuple[str, str | None]:
     """The name that open_clip knows the model by, and its pretrained weights if the name does not say."""
     if model == "tangram":

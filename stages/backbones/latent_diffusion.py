@@ -8,8 +8,9 @@ Shape letters: B batch, C H W latent, h w image, L D text tokens and width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import lru_cache
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,6 +199,53 @@ class LatentDiffusion:
         with torch.no_grad():
             return self._text_encoder(tokens.to(self.device))[0]
 
+    def embed_words(self, prompt: str, words: Mapping[str, Float[Tensor, "B D"]]) -> Float[Tensor, "B L D"]:
+        """The words' vectors take the place of rows of the embedding table, which itself is never touched."""
+        batch = len(next(iter(words.values())))
+        ids, places = self._ids_around(prompt, tuple(words))
+        ids_BL = torch.tensor([ids], device=self.device).expand(batch, -1)
+
+        def put(_module: Any, _inputs: Any, output_BLD: Tensor) -> Tensor:
+            output_BLD = output_BLD.clone()
+            for place, word in places.items():
+                output_BLD[:, place] = words[word].to(output_BLD.dtype)
+            return output_BLD
+
+        hook = self._text_encoder.get_input_embeddings().register_forward_hook(put)
+        try:
+            return self._text_encoder(ids_BL)[0]
+        finally:
+            hook.remove()
+
+    def _ids_around(self, prompt: str, words: tuple[str, ...]) -> tuple[list[int], dict[int, str]]:
+        """The tokens of a prompt, with one that does not matter for each of `words`, and where those are."""
+        for word in words:
+            if word not in prompt:
+                raise UserError(f"the prompt {prompt!r} does not have the word {word!r}")
+        tokenizer, stand_in = self._tokenizer, self._tokenizer.bos_token_id
+        ids, places = [tokenizer.bos_token_id], {}
+        for part in re.split(f"({'|'.join(map(re.escape, words))})", prompt):
+            if part in words:
+                places[len(ids)] = part
+                ids.append(stand_in)
+            else:
+                ids += tokenizer(part, add_special_tokens=False).input_ids
+        ids.append(tokenizer.eos_token_id)
+        if len(ids) > (longest := tokenizer.model_max_length):
+            raise UserError(
+                f"prompt of {len(ids)} tokens given, {self._what} reads {longest}: shorten {prompt!r}"
+            )
+        return ids + [tokenizer.pad_token_id] * (longest - len(ids)), places
+
+    def word(self, text: str | None) -> Float[Tensor, " D"]:
+        table_VD = self._text_encoder.get_input_embeddings().weight
+        if text is None:
+            return table_VD.float().mean(dim=0)
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise UserError(f"{text!r} is {len(ids)} tokens of {self._what}; give a word of one token")
+        return table_VD[ids[0]].float().clone()
+
     def predict(
         self, z_BCHW: Float[Tensor, "B C H W"], t: int, text_BLD: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C H W"]:
@@ -235,6 +283,36 @@ def _check(unet: Any, vae: Any, scheduler: Any, what: str) -> None:
             f"{what}: its timestep_spacing is {scheduler.config.timestep_spacing}; "
             "leading, trailing and linspace are supported"
         )
+
+
+class BackboneFacts:
+    """`stages.contract.Facts` of a backbone, from its config and tokenizer files."""
+
+    def __init__(self, settings: BackboneSettings):
+        self._settings = settings
+
+    @cached_property
+    def timesteps(self) -> int:
+        config = json.loads((_folder(self._settings) / "scheduler/scheduler_config.json").read_text())
+        return config.get("num_train_timesteps", 1000)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        folder = _folder(self._settings) / "tokenizer"
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+    @property
+    def max_tokens(self) -> int:
+        return self._tokenizer.model_max_length
+
+    def tokens(self, text: str) -> tuple[str, ...]:
+        return tuple(self._tokenizer.tokenize(text))
+
+    def is_piece(self, text: str) -> bool:
+        vocabulary = self._tokenizer.get_vocab()
+        return text in vocabulary or f"{text}</w>" in vocabulary
 
 
 def native_size(settings: BackboneSettings) -> int:

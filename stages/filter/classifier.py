@@ -5,7 +5,7 @@ Shape letters: B images, K classes, h w image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,21 +13,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from schemas.errors import UserError
 from schemas.records import Verdict
 from schemas.settings import Settings
 from stages import registry
+from stages.backbones.classifier import class_index
 from stages.contract import Filter, Models, Question
-
-
-def class_index(target: str, classes: Sequence[str]) -> int | None:
-    """Where a class stands among the classifier's; names are compared without case, "_" and "-" as spaces."""
-    folded = [_fold(name) for name in classes]
-    return folded.index(_fold(target)) if _fold(target) in folded else None
-
-
-def _fold(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 @registry.method("classifier")
@@ -51,13 +41,13 @@ class ClassifierFilter(Filter):
         return ("probability",)
 
     def check(self, models: Models, question: Question) -> None:
-        self._index(models.classes(self.config.model), question.target)
+        class_index(question.target, models.classes(self.config.model), self.config.model)
 
     def score(
         self, models: Models, image_B3hw: Float[Tensor, "B 3 h w"], question: Question
     ) -> dict[str, list[float]]:
         classifier = models.classifier(self.config.model)
-        index = self._index(classifier.classes, question.target)
+        index = class_index(question.target, classifier.classes, self.config.model)
         with torch.no_grad():
             probability_BK = classifier.logits(image_B3hw).double().softmax(dim=1)
         return {"probability": probability_BK[:, index].tolist()}
@@ -68,12 +58,3 @@ class ClassifierFilter(Filter):
         passed = score >= threshold
         reason = f"probability {score:.4g} {'≥' if passed else '<'} {threshold:g}"
         return Verdict(passed, "classifier.probability", score, threshold, reason)
-
-    def _index(self, classes: Sequence[str], target: str) -> int:
-        index = class_index(target, classes)
-        if index is None:
-            raise UserError(
-                f"the classifier {self.config.model} does not know the class {target!r}; "
-                f"it knows {', '.join(classes)}"
-            )
-        return index

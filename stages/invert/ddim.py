@@ -26,7 +26,7 @@ from stages import registry
 from stages.contract import Backbone, Invert, Inverted, Sampler
 from stages.invert.measure import measured
 from stages.invert.settings import InvertSettings
-from stages.sampling import alphas, ddim_step, denoise, predict_guided, timesteps, to_epsilon
+from stages.sampling import alphas, condition, ddim_step, denoise, predict_guided, timesteps, to_epsilon
 
 
 def invert_ddim(
@@ -35,9 +35,10 @@ def invert_ddim(
     """The sampler's steps walked backwards, each with ε frozen at the point it starts from."""
     path = timesteps(backbone, sampler.steps)
     levels = alphas(backbone, path)
+    asked = condition(backbone, prompt, sampler.guidance, len(z0_BCHW))
     z_BCHW = z0_BCHW
     for k in reversed(range(sampler.steps)):
-        output_BCHW = predict_guided(backbone, z_BCHW, path[k], prompt, sampler.guidance)
+        output_BCHW = predict_guided(backbone, z_BCHW, path[k], asked)
         epsilon_BCHW = to_epsilon(z_BCHW, output_BCHW, levels[k], backbone.prediction_type)
         z_BCHW = ddim_step(z_BCHW, epsilon_BCHW, levels[k + 1], levels[k], "epsilon")
     return z_BCHW

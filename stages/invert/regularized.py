@@ -27,7 +27,7 @@ from stages import registry
 from stages.contract import Backbone, Invert, Inverted, Sampler
 from stages.invert.measure import measured
 from stages.invert.settings import InvertSettings
-from stages.sampling import alphas, ddim_step, denoise, predict_guided, timesteps, to_epsilon
+from stages.sampling import alphas, condition, ddim_step, denoise, predict_guided, timesteps, to_epsilon
 
 SMALLEST = 8  # side of the last level of the pyramid
 
@@ -77,9 +77,10 @@ def invert_regularized(
     """The steps of `stages.invert.ddim`, each with its ε regularised."""
     path = timesteps(backbone, sampler.steps)
     levels = alphas(backbone, path)
+    asked = condition(backbone, prompt, sampler.guidance, len(z0_BCHW))
     z_BCHW = z0_BCHW
     for k in reversed(range(sampler.steps)):
-        output_BCHW = predict_guided(backbone, z_BCHW, path[k], prompt, sampler.guidance)
+        output_BCHW = predict_guided(backbone, z_BCHW, path[k], asked)
         epsilon_BCHW = to_epsilon(z_BCHW, output_BCHW, levels[k], backbone.prediction_type)
         epsilon_BCHW = regularize(epsilon_BCHW, autocorrelation, kl, iterations)
         z_BCHW = ddim_step(z_BCHW, epsilon_BCHW, levels[k + 1], levels[k], "epsilon")

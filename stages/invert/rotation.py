@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.contract import Backbone
-from stages.sampling import alphas, predict_guided, timesteps
+from stages.sampling import alphas, condition, predict_guided, timesteps
 
 
 def path_of(backbone: Backbone, steps: int) -> tuple[list[int], list[float]]:
@@ -37,7 +37,7 @@ def velocity(
     backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: int, alpha: float, prompt: str, guidance: float
 ) -> Float[Tensor, "B C H W"]:
     """v = √ᾱ·ε − √(1−ᾱ)·x0 at timestep `t`, from a model of either kind."""
-    output_BCHW = predict_guided(backbone, z_BCHW, t, prompt, guidance)
+    output_BCHW = predict_guided(backbone, z_BCHW, t, condition(backbone, prompt, guidance, len(z_BCHW)))
     if backbone.prediction_type == "v_prediction":
         return output_BCHW
     return (output_BCHW - (1 - alpha) ** 0.5 * z_BCHW) / alpha**0.5

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from schemas.ids import random_stream, sha256
+from stages.contract import Chance
 from tests.local_build import HASH, accounts, config, fresh, rows, run
-from tests.small_build import make_config, seeds_recipe, shard_hashes, sketch_recipe
+from tests.small_build import Shaken, make_config, seeds_recipe, shard_hashes, sketch_recipe
 
 pytestmark = pytest.mark.usefixtures("one_backbone")
 
@@ -69,6 +72,26 @@ def test_a_failed_candidate_leaves_its_neighbours_as_they_are(tmp_path):
         if row["status"] == "ok":
             assert images.get(row["key"].rpartition("-")[0], row["image_sha256"]) == row["image_sha256"]
     assert 0 < failed < len(some)
+
+
+def test_a_refinement_gets_the_chance_of_each_candidate_in_its_own_stage(tmp_path):
+    """So its randomness is neither that of the seed nor that of generating, and no batch changes it."""
+    refined = sketch_recipe(refine="tests.small_build:Shaken", batch=4)
+    targets = [{"classes": ["circle"], "accepted": 4}]
+    run(config(tmp_path, recipes={"plain": refined}, targets=targets, filter=[]))
+    made = {row["index"]: row for row in rows(tmp_path / "out")}
+    for index in range(4):
+        seed = random_stream(1, "noise", "circle", "plain", index).standard_normal((4, 16, 16), np.float32)
+        shaken = seed + Shaken.noise(Chance(index, (1, "refine", "circle", "plain")), seed.shape).numpy()
+        assert made[index]["seed_sha256"] == sha256(shaken.tobytes())
+        assert made[index]["refine_losses"] == [index] * index  # rows may have run for different times
+
+
+def test_a_plan_asks_the_refinement_about_each_class(tmp_path, seedloom):
+    path = config(tmp_path, recipes={"plain": sketch_recipe(refine="tests.small_build:Shaken")})
+    ended = seedloom("plan", path)
+    assert (ended.code, ended.out) == (2, "")
+    assert "gears are not to be shaken" in ended.err
 
 
 def test_a_row_of_a_shard_says_how_it_came_to_be(tmp_path, references):

@@ -26,6 +26,7 @@ def part_rows():
             "index": index, "key": f"star-plain-{index:06d}", "status": "ok" if image else "failed",
             "error": None if image else "ValueError: poison", "prompt": "a photo of a star",
             "parents": ["a" * 64, "b" * 64], "weights": [0.25, 0.75], "refine_losses": [float("nan"), 1e-300],
+            "artifacts": ["c" * 20], "generate_trace": [0.5],
             "seed_norm": 1.0, "image": image, "image_sha256": sha256(image) if image else None,
         }  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from schemas.errors import Interrupted, UserError
+from stages.contract import Generated
 from tests.local_build import accounts, config, fresh, rows, run
 from tests.small_build import Sketch, parts_of, sketch_recipe
 
@@ -23,10 +24,10 @@ def trouble(monkeypatch):
     def start(*errors: BaseException | None) -> list[BaseException | None]:
         waiting = list(errors)
 
-        def call(self, backbone, z_BCHW, prompt):
+        def call(self, backbone, models, order):
             if waiting and (error := waiting.pop(0)):
                 raise error
-            return draw(self, backbone, z_BCHW, prompt)
+            return draw(self, backbone, models, order)
 
         monkeypatch.setattr(Sketch, "__call__", call)
         return waiting
@@ -78,9 +79,10 @@ def test_where_every_candidate_fails_nothing_is_committed(tmp_path):
 def test_an_image_that_shows_nothing_is_a_failure(tmp_path, monkeypatch, picture):
     draw = Sketch.__call__
 
-    def call(self, backbone, z_BCHW, prompt):
-        image_B3hw = draw(self, backbone, z_BCHW, prompt)
-        return torch.where((z_BCHW[:, 0, 0, 0] > 0)[:, None, None, None], image_B3hw, picture)
+    def call(self, backbone, models, order):
+        image_B3hw = draw(self, backbone, models, order).image_B3hw
+        good_B111 = (order.z_BCHW[:, 0, 0, 0] > 0)[:, None, None, None]
+        return Generated(torch.where(good_B111, image_B3hw, picture))
 
     monkeypatch.setattr(Sketch, "__call__", call)
     result = run(config(tmp_path, **ONE))

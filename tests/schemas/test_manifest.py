@@ -24,7 +24,9 @@ def manifest() -> Manifest:
         samples=8,
         classes=("gear", "ring"),
         targets={
-            "ring": TargetAccount(class_index=1, prompt="a ring", admitted=3, quarantined=1, recipes=recipes)
+            "ring": TargetAccount(
+                label="ring", class_index=1, prompt="a ring", admitted=3, quarantined=1, recipes=recipes
+            )
         },
         quarantined={"ring": 1},
         shards=(
@@ -49,6 +51,12 @@ def test_a_changed_byte_is_found(manifest):
     for at in range(0, len(data), 7):
         with pytest.raises(Damaged, match=r"out/manifest\.json"):
             Manifest.from_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :], "out/manifest.json")
+
+
+def test_targets_of_an_older_format_are_classes(manifest):
+    older = manifest.model_dump(mode="json") | {"version": 2}
+    del older["targets"]["ring"]["label"]
+    assert Manifest.from_bytes(seal(older), "x").targets == manifest.targets
 
 
 def test_a_newer_format_is_refused_with_what_to_do(manifest):

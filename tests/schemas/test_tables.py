@@ -32,3 +32,4 @@ def test_scores_stand_in_one_order_and_are_float64():
 def test_score_names_hold_nothing_that_a_reader_would_take_apart():
     assert tables.score_name("clip", "margin") == "clip_margin"
     assert tables.score_name("my.package:Own", "margin") == "my_package_Own_margin"
+    assert tables.score_name("clip_score", "clip_score") == "clip_score"

@@ -25,8 +25,21 @@ SHIPPED = {
         "nao_adam",
     },
     "refine": {"none", "seedselect"},
-    "generate": {"text_to_image"},
+    "generate": {
+        "text_to_image",
+        "image_to_image",
+        "genie",
+        "genie_ada",
+        "null_prompt",
+        "cads",
+        "minority_prompt",
+        "sgms",
+        "textual_inversion",
+        "da_fusion",
+        "cap2aug",
+    },
     "filter": {"clip", "classifier"},
+    "measure": {"clip_score", "likelihood", "similarity"},
 }
 
 
@@ -65,6 +78,9 @@ def test_every_setting_is_explained_and_closed_to_what_it_does_not_know(kind, na
         ("filter", "clip", {"margin": 3}),
         ("filter", "classifier", {"probability": 50}),
         ("combine", "slerp", {"t": -0.1}),
+        ("measure", "likelihood", {"steps": 0}),
+        ("measure", "likelihood", {"probes": 0}),
+        ("measure", "likelihood", {"prompt": "image"}),
     ],
 )
 def test_settings_outside_their_range_name_the_key(kind, name, settings):

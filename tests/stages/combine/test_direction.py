@@ -326,10 +326,7 @@ def test_a_build_moves_each_seed_along_the_direction_of_its_class(tmp_path, refe
     plan = replan(store, named(store, None))
     moved = {}
     for stream in plan.streams:
-        artifact = {
-            name.removeprefix("combine."): tensor
-            for name, tensor in read_tensors(store, artifact_name(stream.artifact)).items()
-        }
+        artifact = read_tensors(store, artifact_name(stream.artifacts["combine"]))
         seeds = load_seeds(store, stream)
         place = {reference.sha256: k for k, reference in enumerate(seeds.references)}
         rows = read_table(store, part_name(stream, 0), ["parents", "weights", "seed_sha256"]).to_pylist()

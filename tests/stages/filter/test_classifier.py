@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from schemas.errors import UserError
+from stages.backbones.classifier import class_index
 from stages.contract import Question
-from stages.filter.classifier import ClassifierFilter, class_index
+from stages.filter.classifier import ClassifierFilter
 
 
 def images(count, seed=0):
@@ -34,7 +35,7 @@ def test_probabilities_are_a_softmax_over_all_classes(models):
 )
 def test_names_are_compared_as_people_read_them(models, name):
     method, classes = ClassifierFilter(ClassifierFilter.Config()), models.classifier("tangram").classes
-    assert class_index(name, classes) == classes.index("six_pointed_star")
+    assert class_index(name, classes, "tangram") == classes.index("six_pointed_star")
     plain, written = (method.score(models, images(2), Question(n, "")) for n in ("six_pointed_star", name))
     assert plain == written
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stages.contract import Sampler
 from stages.invert.belm import Belm, denoise_belm, invert_belm
 from stages.invert.ddim import invert_ddim
-from stages.sampling import alphas, ddim_step, denoise, predict_guided, timesteps
+from stages.sampling import alphas, condition, ddim_step, denoise, predict_guided, timesteps
 
 
 def rms(z_BCHW):
@@ -43,7 +43,9 @@ def test_on_a_network_the_second_state_is_what_makes_it_exact(load_tiny, noise):
         z0_BCHW = backbone.encode(noise(2, 3, 16, 16).clamp(-1, 1))
         z_BCHW, second_BCHW = invert_belm(backbone, z0_BCHW, "a cat", sampler)
         both = rms(denoise_belm(backbone, z_BCHW, second_BCHW, "a cat", sampler) - z0_BCHW)
-        output_BCHW = predict_guided(backbone, z_BCHW, path[0], "a cat", 1.0)
+        output_BCHW = predict_guided(
+            backbone, z_BCHW, path[0], condition(backbone, "a cat", 1.0, len(z_BCHW))
+        )
         guess_BCHW = ddim_step(z_BCHW, output_BCHW, levels[0], levels[1], "v_prediction")
         one = rms(denoise_belm(backbone, z_BCHW, guess_BCHW, "a cat", sampler) - z0_BCHW)
     assert both < 1e-4
