@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-TEMPLATES = ("few_shot", "long_tail")
+TEMPLATES = ("few_shot", "long_tail", "hard_negatives", "minority", "rare_concepts", "mixed")
 
 
 def init(
@@ -28,12 +28,13 @@ def init(
         raise UserError(f"{folder}: exists and is not empty; give a new folder")
     text = files("jobs").joinpath(f"configs/{template}.yaml").read_text()
     rarest = sorted(CLASSES, key=lambda c: COUNTS[c])
-    if template == "few_shot":
-        write_references(folder / "references", rarest[:4], per_class=6, rng_seed=0)
-    else:
-        common, rare = rarest[-4:], rarest[:4]
-        write_references(folder / "references", common, per_class=30, rng_seed=0)
-        write_references(folder / "references", rare, per_class=6, rng_seed=0)
+    classes = dict.fromkeys(rarest[:4], 6)
+    if template == "long_tail":
+        classes |= dict.fromkeys(rarest[-4:], 30)
+    elif template == "hard_negatives":
+        classes = dict.fromkeys(("hexagon", "octagon", "five_pointed_star", "six_pointed_star"), 8)
+    for label, count in classes.items():
+        write_references(folder / "references", [label], per_class=count, rng_seed=0)
     config = folder / "dataset.yaml"
     for there, here in (("./references", "references"), (f"./out/{template}", "out")):
         text = text.replace(there, json.dumps(f"{folder}/{here}", ensure_ascii=False))

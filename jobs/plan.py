@@ -41,10 +41,10 @@ def describe(config: Any) -> dict[str, Any]:
         most += stream.max_units * stream.unit
         streams.append(
             {
-                "target": stream.label,
+                "target": stream.target,
                 "recipe": stream.recipe,
                 "quota": stream.quota,
-                "references": len(stream.references),
+                "references": len({*stream.references, *stream.sources}),
                 "units": stream.max_units,
                 "candidates_at_most": stream.max_units * stream.unit,
                 "units_there": len(there),

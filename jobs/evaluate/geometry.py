@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from jobs.evaluate.harness import Arm, Built, Table, View
+    from jobs.evaluate.harness import Arm, Built, Seen, Table, View
     from jobs.evaluate.metrics import Measure
 
 POINTS = 3  # inner points of a pair, in both papers
@@ -336,7 +336,7 @@ class _Times:
         self._built = built
         self._known: dict[tuple[str, str], dict[str, Measure]] = {}
 
-    def of(self, view: View) -> dict[str, Measure]:
+    def of(self, view: View, seen: Seen) -> dict[str, Measure]:
         if view.arm not in self._built:
             return {}
         recipes = self._built[view.arm].plan.config.recipes

@@ -84,6 +84,7 @@ class Built:
     plan: Plan
     made: bool  # false: it was there
     seconds: float  # of the run that completed it, without the start of its workers
+    phases: Mapping[str, float] = field(default_factory=dict)  # the same by phase: invert, generate, …
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Seen:
     norm_N: Array | None  # |z|/√d of the seeds; real images have none
     features: Features
     failed: tuple[Key, ...] = ()  # asked for, and nothing came of them
+    rows: tuple[Mapping[str, Any], ...] = ()  # how each came to be, and what was measured of it
 
     def only(self, keep: Callable[[Key], bool]) -> Seen:
         rows = [row for row, key in enumerate(self.keys) if keep(key)]
@@ -106,6 +108,7 @@ class Seen:
             None if self.norm_N is None else self.norm_N[rows],
             self.features.of(rows),
             tuple(key for key in self.failed if keep(key)),
+            tuple(self.rows[row] for row in rows) if self.rows else (),
         )
 
 
@@ -131,6 +134,7 @@ class Table:
     title: str  # with what holds of every row: steps, guidance
     rows: Mapping[str, View]
     asked: tuple[tuple[str, str], ...] = ()
+    compared: tuple[str, ...] = COMPARED  # the metrics of which it is asked
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def make(arms: Sequence[Arm], output: str, run: Mapping[str, Any]) -> dict[str, 
         seconds = unseal(store.get(record), f"{output}/{record}")["seconds"]
         built = Built(
             arm, result.manifest, replan(store, result.manifest), result.made,
-            sum(value for name, value in seconds.items() if name != "start"),
+            sum(value for name, value in seconds.items() if name != "start"), seconds,
         )  # fmt: skip
         done[arm.name] = built
         told = (
@@ -212,31 +216,29 @@ def read(store: Store, built: Built) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 def look(store: Store, built: Built, observers: Observers) -> Seen:
     """The images of a build before the observers."""
-    found: dict[Key, tuple[Any, str, float, Tensor]] = {}
+    found: dict[Key, tuple[Any, dict[str, Any], Tensor]] = {}
     for row, data in read(store, built):
         key = (row["class"], row["recipe"], row["index"])
         # a weight of 0 took nothing from its seed
         parents = tuple(p for p, w in zip(row["parents"], row["weights"], strict=True) if w)
         pixels_hw3 = np.array(images.decode(data))
-        group = (row["class"], row["recipe"], parents) if parents else key
-        found[key] = (
-            group,
-            row["image_sha256"],
-            row["seed_norm"],
-            torch.from_numpy(pixels_hw3).permute(2, 0, 1),
-        )
+        made_of = parents or row["source"]
+        group = (row["class"], row["recipe"], made_of) if made_of else key
+        found[key] = (group, row, torch.from_numpy(pixels_hw3).permute(2, 0, 1))
     if not found:
         raise UserError(f"arm {built.arm.name!r}: none of its images could be drawn")
     keys = sorted(found)
-    groups, hashes, norms, pixels = zip(*(found[key] for key in keys), strict=True)
+    groups, rows, pixels = zip(*(found[key] for key in keys), strict=True)
+    hashes = [row["image_sha256"] for row in rows]
     first = {(key[0], digest): key for key, digest in reversed(list(zip(keys, hashes, strict=True)))}
     return Seen(
         tuple(keys),
         groups,
         np.array([float(first[key[0], digest] == key) for key, digest in zip(keys, hashes, strict=True)]),
-        np.array(norms),
+        np.array([row["seed_norm"] for row in rows]),
         observers.look(torch.stack(pixels)),
         _missing(built.plan, keys),
+        rows,
     )
 
 
@@ -301,7 +303,7 @@ def tabulate(
     seen: Mapping[str, Seen],
     real: Real,
     builds: Mapping[str, Built],
-    further: Callable[[View], Mapping[str, Measure]] = lambda view: {},
+    further: Callable[[View, Seen], Mapping[str, Measure]] = lambda view, seen: {},
 ) -> Result:
     """The figures of a table with `further` ones of its rows, and the differences that it asks for."""
     views = {row: seen[view.arm].only(view.holds) for row, view in table.rows.items()}
@@ -310,13 +312,13 @@ def tabulate(
     if not common:
         raise UserError(f"table {table.name!r}: no image was drawn in all of its rows; leave out what failed")
     found = {row: figures(view, view.only(common.__contains__), real) for row, view in views.items()}
+    rows = {row: {**found[row], **further(view, views[row])} for row, view in table.rows.items()}
     differences = {
-        (one, other, metric): compare(figure, found[other][metric])
+        (one, other, metric): compare(figure, rows[other][metric])
         for one, other in table.asked
-        for metric, figure in found[one].items()
-        if metric in found[other] and metric in COMPARED
+        for metric, figure in rows[one].items()
+        if metric in rows[other] and metric in table.compared
     }
-    rows = {row: {**found[row], **further(view)} for row, view in table.rows.items()}
     ids = {row: builds[v.arm].manifest.build_id for row, v in table.rows.items() if v.arm in builds}
     return Result(table.name, table.title, rows, differences, ids)
 

@@ -32,6 +32,7 @@ from jobs.tangram.data import to_model
 from jobs.tangram.evaluate import wilson
 from jobs.tangram.parts import load_classifier
 from schemas.ids import random_stream
+from stages.backbones.classifier import load_classifier as load_filter_classifier
 from stages.backbones.clip import load_clip
 from stages.backbones.weights import TANGRAM
 
@@ -226,34 +227,40 @@ def diversity(x_ND: Float[Array, "N D"], labels: Sequence[str]) -> Statistic:
 
 @dataclass(frozen=True)
 class Features:
-    """What judge and CLIP see in images."""
+    """What judge, CLIP and classifier see in images."""
 
     verdict_N: Int[Array, " N"]  # the judge's class, as a position in its `classes`
     judge_ND: Float[Array, "N D"]  # before its last layer
     clip_ND: Float[Array, "N D"]
+    probability_NK: Float[Array, "N K"]  # that the classifier gives to each class
 
     def of(self, rows: Sequence[int]) -> Features:
-        return Features(self.verdict_N[rows], self.judge_ND[rows], self.clip_ND[rows])
+        return Features(
+            self.verdict_N[rows], self.judge_ND[rows], self.clip_ND[rows], self.probability_NK[rows]
+        )
 
 
 class Observers:
-    """tangram's judge, which is used for nothing but judging, and its CLIP model."""
+    """tangram's judge, which is used for nothing but judging, its CLIP model and its classifier."""
 
     def __init__(self) -> None:
         self.judge: Any = load_classifier(TANGRAM / "judge")
         self.clip = load_clip("tangram", torch.device("cpu"))
+        self.classifier = load_filter_classifier("tangram", torch.device("cpu"))
 
     @torch.no_grad()
     def look(self, pixels_N3hw: UInt8[Tensor, "N 3 h w"]) -> Features:
-        verdicts, judged, clipped = [], [], []
+        verdicts, judged, clipped, classified = [], [], [], []
         for chunk_B3hw in pixels_N3hw.split(64):
             image_B3hw = to_model(chunk_B3hw)
             seen = self.judge.forward_features(image_B3hw)
             verdicts.append(self.judge.forward_head(seen).argmax(dim=1))
             judged.append(self.judge.forward_head(seen, pre_logits=True))
             clipped.append(self.clip.encode_image(image_B3hw))
+            classified.append(self.classifier.logits(image_B3hw).double().softmax(dim=1))
         return Features(
             torch.cat(verdicts).numpy(),
             torch.cat(judged).double().numpy(),
             torch.cat(clipped).double().numpy(),
+            torch.cat(classified).numpy(),
         )

@@ -21,7 +21,8 @@ from pipeline.store import Store
 from schemas.ids import random_stream
 from stages import images, registry
 from stages.backbones.latent_diffusion import load_backbone
-from stages.contract import Backbone, Combine
+from stages.backbones.models import LoadedModels
+from stages.contract import Backbone, Combine, Order
 
 PATHS: Mapping[str, Mapping[str, Any]] = {
     "LERP": {"method": "lerp"},
@@ -105,7 +106,8 @@ def _draw(backbone: Backbone, prompt: str, z_BCHW: Tensor, steps: int) -> Any:
     config = {"method": "text_to_image", "steps": steps, "guidance": 1.0}
     generate = registry.resolve("generate", "text_to_image")
     method = generate(generate.Config.model_validate(config))
-    return images.to_uint8(method(backbone, z_BCHW.float(), prompt))  # type: ignore[operator]
+    order = Order(prompt, z_BCHW.float())
+    return images.to_uint8(method(backbone, LoadedModels(), order).image_B3hw)  # type: ignore[operator]
 
 
 def _sheet(stream: StreamPlan, columns: Sequence[str], rows: Mapping[str, Any]) -> Image.Image:

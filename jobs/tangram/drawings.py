@@ -17,22 +17,30 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jobs.tangram.shapes import CLASSES, outline
+from stages.backbones.tangram_captions import COLOURS as COLOUR_NAMES
+from stages.backbones.tangram_captions import TEXTURES
 
 SIZE = 64
 SUPERSAMPLE = 4
 RADIUS = (17.0, 26.0)  # pixels from the centre to the farthest corner
 
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.86, 0.12, 0.14),
-    "orange": (0.98, 0.55, 0.08),
-    "yellow": (0.97, 0.86, 0.16),
-    "green": (0.14, 0.62, 0.22),
-    "teal": (0.06, 0.66, 0.68),
-    "blue": (0.14, 0.30, 0.86),
-    "purple": (0.52, 0.18, 0.72),
-    "pink": (0.97, 0.50, 0.70),
-}
-TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted", "checkered")
+COLOURS: dict[str, tuple[float, float, float]] = dict(
+    zip(
+        COLOUR_NAMES,
+        (
+            (0.86, 0.12, 0.14),
+            (0.98, 0.55, 0.08),
+            (0.97, 0.86, 0.16),
+            (0.14, 0.62, 0.22),
+            (0.06, 0.66, 0.68),
+            (0.14, 0.30, 0.86),
+            (0.52, 0.18, 0.72),
+            (0.97, 0.50, 0.70),
+        ),
+        strict=True,
+    )
+)
+
 BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "glowing", "wavy", "tiled", "banded")
 
 # Training counts of VAE and UNet: from 3000 pictures of the commonest class down to 10 of the rarest, each

@@ -28,7 +28,7 @@ def recipe(**changes):
 
 # {name: (what is changed in a good config, what the line must say)}
 MISTAKES = {
-    "unknown key": ({"recipies": {}}, "unknown key 'recipies'; allowed: backbone, filter, name, output"),
+    "unknown key": ({"recipies": {}}, "unknown key 'recipies'; allowed: backbone, filter, measure, name"),
     "unknown inner key": ({"shard": {"sample": 3}}, "shard: unknown key 'sample'; allowed: image, quality"),
     "wrong type": (target(accepted="many"), "targets.0.accepted: must be a whole number, given 'many'"),
     "half an image": (target(accepted=2.5), "targets.0.accepted: must be a whole number, given 2.5"),
@@ -42,8 +42,8 @@ MISTAKES = {
     "nothing rare": (target(classes={"fewer_than": 2}), "no class has fewer than 2 references"),
     "no targets": ({"targets": []}, "targets: must not be empty"),
     "targets not in a list": ({"targets": TARGET}, "targets: must be a list"),
-    "two targets of one name": ({"targets": [TARGET, TARGET]}, "targets.1.classes: 'circle' is asked for by"),
-    "one name twice": (target(classes=["circle", "circle"]), "targets.0.classes: 'circle' is asked for by"),
+    "two targets of one name": ({"targets": [TARGET, TARGET]}, "targets.1: 'circle' is asked for twice; name"),
+    "one name twice": (target(classes=["circle", "circle"]), "targets.0: 'circle' is asked for twice; name"),
     "unknown recipe": (target(recipe="b"), "targets.0.recipe: unknown recipe 'b'; allowed: mixed"),
     "no share": (target(recipe={"mixed": 0}), "targets.0.recipe: must be the name of a recipe, or {NAME: SH"),
     "shares of nothing": (target(recipe={}), "targets.0.recipe: must be the name of a recipe, or"),
@@ -315,6 +315,7 @@ def test_show_draws_a_plane_through_the_seeds_of_a_class(seedloom, output, tmp_p
     from pipeline.store import Store
     from pipeline.worker import Worker
     from stages.combine.cog import cog
+    from stages.contract import Order
     from stages.images import to_uint8
 
     shown = seedloom("show", output, "--subspace", "gear", "--points", 3, "--out", tmp_path / "plane.png")
@@ -324,10 +325,8 @@ def test_show_draws_a_plane_through_the_seeds_of_a_class(seedloom, output, tmp_p
     worker = Worker(plan, str(output))
     stream = next(s for s in plan.streams if s.label == "gear")
     z_CHW = cog(worker.materials(stream.id).seeds.z_KCHW[:3])
-    generate = worker.dags[stream.recipe].generate
-    expected = to_uint8(
-        generate(worker.backbone, z_CHW[None].expand(stream.batch, -1, -1, -1), stream.prompt)
-    )
+    order = Order(stream.prompt, z_CHW[None].expand(stream.batch, -1, -1, -1))
+    expected = to_uint8(worker.dags[stream.recipe].generate(worker.backbone, worker.models, order).image_B3hw)
     with Image.open(tmp_path / "plane.png") as image:
         assert image.size == (3 * 64, 3 * 64)
         middle = np.asarray(image)[64:128, 64:128].astype(int)

@@ -33,6 +33,44 @@ SMALLER = {
         "targets.0.accepted=2",
         "targets.0.attempts=1",
     ],
+    "hard_negatives": [
+        "recipes.adaptive.generate.steps=10",
+        "recipes.fixed.generate.steps=10",
+        "targets.0.accepted=2",
+        "targets.0.attempts=1",
+        "targets.1.accepted=1",
+        "targets.1.attempts=1",
+    ],
+    "minority": [
+        "recipes.unlikely.generate.steps=4",
+        "recipes.varied.generate.steps=4",
+        "measure.1.steps=2",
+        "targets.0.accepted=2",
+        "targets.0.attempts=1",
+    ],
+    "rare_concepts": [
+        "recipes.nao_seedselect.invert.steps=3",
+        "recipes.nao_seedselect.refine.iterations=1",
+        "recipes.nao_seedselect.generate.steps=3",
+        "targets.0.accepted=2",
+        "targets.0.attempts=1",
+    ],
+    "mixed": [
+        "recipes.seeds.invert.steps=3",
+        "recipes.seeds.refine.iterations=1",
+        "recipes.seeds.generate.steps=3",
+        "recipes.seeds.unit=2",
+        "recipes.seeds.batch=2",
+        "recipes.negatives.generate.steps=10",
+        "recipes.negatives.unit=2",
+        "recipes.negatives.batch=2",
+        "recipes.unlikely.generate.steps=4",
+        "recipes.unlikely.unit=2",
+        "recipes.unlikely.batch=2",
+        "targets.0.accepted=3",
+        "targets.0.attempts=1",
+        "targets.0.recipe={seeds: 0.4, negatives: 0.3, unlikely: 0.3}",  # so that 3 images have one of each
+    ],
 }
 
 
@@ -55,7 +93,9 @@ def test_an_example_builds_from_what_init_writes(name, tmp_path, seedloom):
 
     manifest = next((folder / "out" / "builds").glob("*/manifest.json"))
     targets = yaml.safe_load(manifest.read_text())["targets"]
-    assert len(targets) == 4  # the rare classes of the references
+    assert (
+        len(targets) == 4
+    )  # the rare classes of the references; of hard_negatives, two pairs and two classes
     for target in targets.values():
         for recipe in target["recipes"].values():
             judged = recipe["accepted"] + sum(recipe["rejected"].values()) + recipe["surplus"]

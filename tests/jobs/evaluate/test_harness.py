@@ -220,7 +220,7 @@ def test_the_time_of_a_path_is_that_of_its_points(built, monkeypatch):
 
 
 def test_rows_of_a_table_stay_with_their_images():
-    features = Features(np.arange(3), np.arange(3.0)[:, None], np.arange(3.0)[:, None])
+    features = Features(np.arange(3), *(np.arange(3.0)[:, None],) * 3)
     keys = (("a", "p", 0), ("a", "p", 1), ("b", "p", 0))
     whole = Seen(keys, keys, np.array([1.0, 0, 1]), np.array([7.0, 8, 9]), features, (("b", "p", 1),))
     kept = whole.only(lambda key: key[0] == "b")

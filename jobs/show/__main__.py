@@ -1,0 +1,6 @@
+"""`python -m jobs.show`."""
+
+from jobs.entry import run
+from jobs.show import show
+
+run(show)
