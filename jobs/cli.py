@@ -8,6 +8,7 @@ from jobs import build, init, pack, plan, reproduce, schema, show, status, verif
 from jobs.benchmarks.genie import genie
 from jobs.benchmarks.nao import nao
 from jobs.benchmarks.overhead import overhead
+from jobs.benchmarks.peer import peer
 from jobs.entry import guarded
 from jobs.evaluate import evaluations
 from jobs.train_tangram import train_tangram
@@ -35,6 +36,7 @@ benchmarks = typer.Typer(help="Measure what the product promises, on this machin
 benchmarks.command("overhead")(overhead)
 benchmarks.command("nao")(nao)
 benchmarks.command("genie")(genie)
+benchmarks.command("peer")(peer)
 app.add_typer(benchmarks, name="benchmark")
 app.add_typer(evaluations, name="evaluate")
 

@@ -9,12 +9,15 @@ machine that grows slower or faster weighs on both alike. In a turn each pool ma
   scores its share batch by batch in a `for` loop. No Ray, no driver, no files, no receipts, no retries.
   They run at the niceness that Ray gives to its workers.
 
+Several `--workers` or `--unit` are measured one after another, each combination with pools of its own.
+
 A turn's time runs from its first task to the last result, so both pools pay for workers that wait at the end
 for the slowest. The idle share is the time in which no thread of a Ray worker held the device.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -40,25 +43,36 @@ if TYPE_CHECKING:
 TARGET = 0.95
 NICENESS = 15  # Ray's for its workers; without it the bare loop would win on a busy machine by priority
 CLASS = "hexagon"
+BATCH = 8
 
 
 def overhead(
     minutes: Annotated[float, typer.Option(help="Measured time of each of the two, in minutes.")] = 5.0,
-    workers: Annotated[int, typer.Option(help="Workers of each pool; 0: one for each core or GPU.")] = 0,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=0, help="Workers of each pool; 0: one for each core or GPU.")
+    ] = None,
+    unit: Annotated[
+        list[int] | None, typer.Option(min=BATCH, help=f"Candidates in a unit, a multiple of {BATCH}; 16.")
+    ] = None,
     turns: Annotated[int, typer.Option(min=2, help="Into so many turns the time of each is cut.")] = 6,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps of an image; fewer make overhead show.")] = 20,
     out: Annotated[Path, typer.Option(help="Where the figures are written as JSON.")] = Path("overhead.json"),
 ) -> None:
-    """Compare images/s of the Ray runner with a bare loop over the same stages."""
-    with tempfile.TemporaryDirectory(prefix="seedloom-overhead-") as folder:
-        facts = measure(Path(folder), minutes * 60, workers, turns, steps)
+    """Compare images/s of the Ray runner with a bare loop over the same stages.
+
+    Give --workers and --unit several times to compare every combination.
+    """
+    cases = []
+    for count, size in itertools.product(workers or [0], unit or [16]):
+        with tempfile.TemporaryDirectory(prefix="seedloom-overhead-") as folder:
+            cases.append(measure(Path(folder), minutes * 60, count, turns, steps, size))
+        print(describe(cases[-1]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(describe(facts))
+    out.write_text(json.dumps(cases if len(cases) > 1 else cases[0], indent=1) + "\n")
     print(f"figures: {out}")
 
 
-def measure(folder: Path, seconds: float, workers: int, turns: int, steps: int) -> dict[str, Any]:
+def measure(folder: Path, seconds: float, workers: int, turns: int, steps: int, unit: int) -> dict[str, Any]:
     import torch
 
     from pipeline.build import resolve
@@ -69,7 +83,7 @@ def measure(folder: Path, seconds: float, workers: int, turns: int, steps: int) 
     gpus = torch.cuda.device_count()
     workers = workers or gpus or os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = "1"  # for the bare processes; the runner sees to its own
-    config = parse(_config(folder, workers, gpus, steps), "overhead")
+    config = parse(_config(folder, workers, gpus, steps, unit), "overhead")
     store, plan = resolve(config)
     (stream,) = plan.streams
     keep(config.references, store, plan.used_references())
@@ -147,7 +161,7 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _config(folder: Path, workers: int, gpus: int, steps: int) -> dict[str, Any]:
+def _config(folder: Path, workers: int, gpus: int, steps: int, unit: int) -> dict[str, Any]:
     from jobs.tangram.drawings import write_references
 
     write_references(folder / "references", [CLASS], per_class=4)
@@ -158,6 +172,8 @@ def _config(folder: Path, workers: int, gpus: int, steps: int) -> dict[str, Any]
             "mixed": {
                 "combine": {"method": "cog"},
                 "generate": {"method": "text_to_image", "steps": steps, "guidance": 4.0},
+                "unit": unit,
+                "batch": BATCH,
             }
         },
         "targets": [{"classes": [CLASS], "accepted": 1}],
