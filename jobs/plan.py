@@ -81,7 +81,7 @@ def _seeds_missing(store: Any, made: Any) -> int:
 
 def _estimate(made: Any) -> float:
     """Bytes of a candidate before any was made: half a byte a pixel, as a photograph at JPEG 95."""
-    from stages.backbones.latent_diffusion import native_size
+    from stages.backbones.diffusion.load import native_size
 
     return 0.5 * native_size(made.config.backbone) ** 2 + 500
 

@@ -81,7 +81,8 @@ def train_traversal(
     import torch
 
     from schemas.ids import fingerprint, sha256
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
     from stages.combine.traversal import to_bytes
     from stages.contract import Sampler
 

@@ -28,7 +28,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from schemas.errors import UserError
 from schemas.settings import Settings
 from stages import registry
-from stages.backbones.latent_diffusion import BackboneSettings
+from stages.backbones.diffusion.settings import BackboneSettings
 from stages.read.settings import ReadSettings
 
 

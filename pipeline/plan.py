@@ -21,7 +21,8 @@ from schemas.ids import fingerprint, slug
 from schemas.records import Reference
 from schemas.settings import Settings
 from schemas.tables import VERSION, score_name
-from stages.backbones.latent_diffusion import BackboneFacts, backbone_fingerprint
+from stages.backbones.diffusion.folder import backbone_fingerprint
+from stages.backbones.diffusion.load import BackboneFacts
 from stages.backbones.models import LoadedModels
 from stages.contract import Facts, Models, Question
 
@@ -162,11 +163,7 @@ class _Known:
         generate = method_of("generate", recipe.generate)
         own = self.lock.classes.get(goal.label, ())
         self._enough(goal.label, name, recipe, len(own))
-        if generate.sampler().steps > self.facts.timesteps:
-            raise UserError(
-                f"recipes.{name}.generate.steps: {generate.sampler().steps} given, the backbone has"
-                f" {self.facts.timesteps} timesteps"
-            )
+        self._possible(name, recipe)
         generate.check(self.facts, self.models, question.target, question.prompt)
         if recipe.refine is not None:
             method_of("refine", recipe.refine).check(generate.sampler(), self.models, question.target)
@@ -202,6 +199,33 @@ class _Known:
             filters=filters,
             **ids,
         )
+
+    def _possible(self, name: str, recipe: Recipe) -> None:
+        """Raise when the backbone cannot do what the methods of a recipe need."""
+        architecture, sampler = self.facts.architecture, method_of("generate", recipe.generate).sampler()
+        for kind in ("invert", "combine", "refine", "generate"):
+            settings = getattr(recipe, kind)
+            if settings is None:
+                continue
+            method = method_of(kind, settings)
+            if reason := architecture.refuses(method.needs):
+                raise UserError(f"recipes.{name}.{kind}: {method.name} needs {reason}")
+            guidance = getattr(settings, "guidance", 1.0)
+            if guidance != 1 and not architecture.prompted:
+                raise UserError(
+                    f"recipes.{name}.{kind}.guidance: {guidance:g} given, and backbone"
+                    f" {self.config.backbone.model} reads no prompts to be guided by; set it to 1"
+                )
+        if sampler.scheduler is not None and sampler.scheduler not in architecture.schedulers:
+            raise UserError(
+                f"recipes.{name}.generate.scheduler: {sampler.scheduler} given; a backbone of kind"
+                f" {architecture.name} has {', '.join(architecture.schedulers)}"
+            )
+        if sampler.steps > self.facts.timesteps:
+            raise UserError(
+                f"recipes.{name}.generate.steps: {sampler.steps} given, the backbone has"
+                f" {self.facts.timesteps} timesteps"
+            )
 
     def _enough(self, label: str, name: str, recipe: Recipe, count: int) -> None:
         """Raise when a class has fewer references than the methods of a recipe need."""

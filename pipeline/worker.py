@@ -45,7 +45,7 @@ from schemas.ids import sha256
 from schemas.records import Reference
 from stages import images
 from stages.backbones.device import default_device
-from stages.backbones.latent_diffusion import load_backbone
+from stages.backbones.diffusion.load import load_backbone
 from stages.backbones.models import LoadedModels
 from stages.invert.gate import invert_typical
 

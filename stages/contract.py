@@ -24,12 +24,45 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from stages.schedule import Schedule, SchedulerName
+
 
 @dataclass(frozen=True)
 class Resources:
     """What a stage needs, as data. Only the Ray runner reads it."""
 
     device: Literal["accelerator", "cpu"] = "accelerator"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the text encoders of a backbone say of prompts, a row each. Methods need not look inside."""
+
+    tokens_BLD: Tensor  # the states of the tokens; L = 0 where a backbone reads no text
+    pooled_BP: Tensor | None = None  # the state of each prompt as a whole, of backbones that read it too
+
+    def __len__(self) -> int:
+        return len(self.tokens_BLD)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The text with each of its tensors changed."""
+        return Text(change(self.tokens_BLD), None if self.pooled_BP is None else change(self.pooled_BP))
+
+    def expand(self, batch: int) -> Text:
+        """One row as `batch` rows, without a copy; `batch` rows as they are."""
+        return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def repeat(self, times: int) -> Text:
+        """All rows, and again all rows."""
+        return self.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """The rows of one after those of another."""
+        import torch
+
+        pooled = [text.pooled_BP for text in texts if text.pooled_BP is not None]
+        return Text(torch.cat([text.tokens_BLD for text in texts]), torch.cat(pooled) if pooled else None)
 
 
 @runtime_checkable
@@ -39,20 +72,16 @@ class Backbone(Protocol):
     fingerprint: str  # of weights, architecture and dtype
     latent_shape: tuple[int, int, int]  # C, H, W at the native size
     image_size: int  # h = w, pixels
-    prediction_type: Literal["epsilon", "v_prediction"]
-    alphas_cumprod: Tensor  # (T,) float64, ᾱ_t of the training schedule
-    timestep_spacing: Literal["leading", "trailing", "linspace"]
-    steps_offset: int
-    final_alpha_cumprod: float  # ᾱ after the last step: 1, or ᾱ_0 when set_alpha_to_one is false
+    schedule: Schedule  # noise levels, what the model predicts, and the paths of samplers
     device: Any
     dtype: Any
 
-    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """Text embeddings, one row a prompt."""
+    def embed(self, prompts: Sequence[str]) -> Text:
+        """The prompts as the model reads them; "" is what stands for no words in guidance."""
         ...
 
-    def embed_words(self, prompt: str, words: Mapping[str, Float[Tensor, "B D"]]) -> Float[Tensor, "B L D"]:
-        """Embeddings of one prompt in which some words are vectors, a row for each row of the vectors.
+    def embed_words(self, prompt: str, words: Mapping[str, Float[Tensor, "B D"]]) -> Text:
+        """One prompt in which some words are vectors, a row for each row of the vectors.
 
         The gradient reaches the vectors and nothing else. Raises `UserError` for a word that is not there.
         """
@@ -62,14 +91,12 @@ class Backbone(Protocol):
         """The vector of a word of one token; of None, the mean of all. Raises `UserError` for other words."""
         ...
 
-    def predict(
-        self, z_BCHW: Float[Tensor, "B C H W"], t: int, text_BLD: Float[Tensor, "B L D"]
-    ) -> Float[Tensor, "B C H W"]:
-        """The model's output (ε or v, as `prediction_type` says) at training timestep `t`."""
+    def predict(self, z_BCHW: Float[Tensor, "B C H W"], t: float, text: Text) -> Float[Tensor, "B C H W"]:
+        """The model's output (what `schedule.prediction` says) at time `t` of its training."""
         ...
 
     def encode(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C H W"]:
-        """Posterior mean of the VAE, scaled to unit variance."""
+        """Latents of images, scaled to unit variance: of a VAE the posterior mean."""
         ...
 
     def decode(self, z_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
@@ -77,9 +104,41 @@ class Backbone(Protocol):
         ...
 
 
+Need = Literal["diffusion", "flow", "prompt", "words"]
+"""What a method may need of a backbone: a model of ε or v, a rectified flow, that it reads prompts, that
+words can be learned for it."""
+
+
+@runtime_checkable
+class Capabilities(Protocol):
+    """What a kind of backbone can do."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schedulers(self) -> tuple[SchedulerName, ...]:
+        """The samplers that it can be drawn with."""
+        ...
+
+    @property
+    def prompted(self) -> bool:
+        """Whether it reads prompts; one that does not is drawn with guidance 1."""
+        ...
+
+    def refuses(self, needs: frozenset[Need]) -> str | None:
+        """What a method with these needs misses, in words; None where it can run."""
+        ...
+
+
 @runtime_checkable
 class Facts(Protocol):
     """What is known of a backbone before it is loaded."""
+
+    @property
+    def architecture(self) -> Capabilities:
+        """What kind of model it is, and what it can do."""
+        ...
 
     @property
     def timesteps(self) -> int:
@@ -138,7 +197,18 @@ class FeatureExtractor(Protocol):
     def features(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B E"]: ...
 
 
-ModelKind = Literal["captioner", "classifier", "clip", "extractor"]
+@runtime_checkable
+class SafetyChecker(Protocol):
+    """Says how near an image is to what it was made to keep out."""
+
+    fingerprint: str
+
+    def margin(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, " B"]:
+        """The most by which an image is nearer to one of the concepts than that concept's threshold."""
+        ...
+
+
+ModelKind = Literal["captioner", "classifier", "clip", "extractor", "safety_checker"]
 
 
 @runtime_checkable
@@ -165,6 +235,8 @@ class Models(Protocol):
         """E of `extractor(model)`, without loading the weights; None: only the model itself knows."""
         ...
 
+    def safety_checker(self, model: str) -> SafetyChecker: ...
+
     def fingerprint(self, kind: ModelKind, model: str) -> str:
         """What `clip(model).fingerprint` would be, without loading the weights into memory."""
         ...
@@ -172,10 +244,11 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are drawn: DDIM steps, and the scale g of classifier-free guidance (1: none)."""
+    """How images are drawn: steps, the scale g of classifier-free guidance (1: none), and by what rule."""
 
     steps: int
     guidance: float
+    scheduler: SchedulerName | None = None  # None: ddim, or flow on a flow-matching backbone
 
 
 @dataclass(frozen=True)
@@ -255,6 +328,7 @@ class Method(ABC):
     Config: ClassVar[type[Settings]]
     version: ClassVar[int] = 1
     resources: ClassVar[Resources] = Resources()
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __init__(self, config: Any):
         self.config = config
@@ -361,9 +435,9 @@ class Generate(Learning):
     starts_from: ClassVar[Literal["seed", "reference", "source"]] = "seed"
     """Whether a row is drawn from its seed alone, or from an image of its own class, or of another one."""
 
-    @abstractmethod
     def sampler(self) -> Sampler:
-        """The sampler settings with which images are drawn."""
+        """With what images are drawn: by the settings steps, guidance and scheduler, unless overridden."""
+        return Sampler(self.config.steps, self.config.guidance, self.config.scheduler)
 
     def check(self, facts: Facts, models: Models, target: str, prompt: str) -> None:
         """Raise `UserError` for what cannot work. Is asked by a plan, so it must load no weights."""

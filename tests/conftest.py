@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
+import tests.typechecker  # noqa: F401  the import hook looks for it by name
 from tests.reference_files import bad_files, photographs, png  # noqa: F401  fixtures
 
 torch.set_num_threads(1)
@@ -16,6 +18,7 @@ torch.set_num_threads(1)
 # Annotated shapes are checked in every call that a test makes.
 METHODS = (
     "sampling",
+    "schedule",
     "gaussianity",
     "backbones",
     "invert",
@@ -25,45 +28,15 @@ METHODS = (
     "filter",
     "measure",
 )
-install_import_hook([f"stages.{name}" for name in METHODS], "beartype.beartype")
+install_import_hook([f"stages.{name}" for name in METHODS], "tests.typechecker.check")
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """An untrained diffusers pipeline: 16×16 images, 4×8×8 latents, 12 tokens a prompt."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from tests.tiny_models import stable_diffusion
 
-    torch.manual_seed(0)
-    letters = sorted(ByteLevel.alphabet())
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={p: n for n, p in enumerate(pieces)}, merges=[], model_max_length=12)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(pieces), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=12,
-            bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1, pad_token_id=len(pieces) - 1,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=2,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, scaling_factor=0.9,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return stable_diffusion()
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +61,8 @@ def tiny_folder(tiny_pipeline, tmp_path_factory):
 @pytest.fixture(scope="session")
 def load_tiny(tiny_folder):
     """The same, loaded by our loader."""
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
 
     made: dict[tuple, object] = {}
 
@@ -103,8 +77,25 @@ def load_tiny(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def kind_of_model(tmp_path_factory):
+    """A tiny model of each kind: its diffusers pipeline, the folder that it was saved to, and our backbone."""
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
+    from tests.tiny_models import KINDS
+
+    @cache
+    def made(kind):
+        pipeline, folder = KINDS[kind](), tmp_path_factory.mktemp("kinds") / kind
+        pipeline.save_pretrained(folder)
+        return pipeline, folder, load_backbone(BackboneSettings(model=str(folder)), torch.device("cpu"))
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def tangram():
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
 
     return load_backbone(BackboneSettings(), torch.device("cpu"))
 
@@ -138,38 +129,48 @@ class GaussianBackbone:
     device, dtype = torch.device("cpu"), torch.float64
 
     def __init__(self, prediction_type="epsilon", spacing="trailing", mean=0.7, deviation=0.4):
+        from stages.schedule import Diffusion, Flow
+
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self.final_alpha_cumprod = float(self.alphas_cumprod[0])
-        self.prediction_type, self.timestep_spacing, self.steps_offset = prediction_type, spacing, 1
+        config = {"timestep_spacing": spacing, "steps_offset": 1, "set_alpha_to_one": False}
+        self.schedule = (
+            Flow(shift=1.5)
+            if prediction_type == "flow"
+            else Diffusion(prediction_type, torch.cumprod(1 - betas, dim=0), config)
+        )
         self.mean, self.deviation = mean, deviation
         self.batches: list[int] = []
 
     def embed(self, prompts):
-        return torch.tensor([[[float(len(prompt))]] for prompt in prompts], dtype=torch.float64)
+        from stages.contract import Text
+
+        return Text(torch.tensor([[[float(len(prompt))]] for prompt in prompts], dtype=torch.float64))
 
     def embed_words(self, prompt, words):
         """A word shifts the mean by its one coordinate."""
-        return self.embed([prompt]) + sum(vector_BD[:, None, :] for vector_BD in words.values())
+        shift_B1D = sum(vector_BD[:, None, :] for vector_BD in words.values())
+        return self.embed([prompt]).map(lambda text_BLD: text_BLD + shift_B1D)
 
     def word(self, text):
         return torch.zeros(1, dtype=torch.float64) if text is None else torch.ones(1, dtype=torch.float64)
 
-    def predict(self, z_BCHW, t, text_BLD):
+    def predict(self, z_BCHW, t, text):
+        from stages.sampling import output_of
+
         self.batches.append(len(z_BCHW))
-        a = float(self.alphas_cumprod[t])
-        mean_B111 = self.mean + 0.01 * text_BLD[:, :, :, None]
-        variance = a * self.deviation**2 + 1 - a
-        epsilon = (1 - a) ** 0.5 * (z_BCHW - a**0.5 * mean_B111) / variance
-        if self.prediction_type == "epsilon":
-            return epsilon
-        return (epsilon - (1 - a) ** 0.5 * z_BCHW) / a**0.5  # v = (ε − √(1−ᾱ)·z) / √ᾱ
+        level = self.schedule.level(t)
+        mean_B111 = self.mean + 0.01 * text.tokens_BLD[:, :, :, None]
+        away_BCHW = (z_BCHW - level.signal * mean_B111) / self._width(level) ** 2
+        x0_BCHW = mean_B111 + level.signal * self.deviation**2 * away_BCHW
+        return output_of(x0_BCHW, level.noise * away_BCHW, level, self.schedule.prediction)
+
+    def _width(self, level):
+        return (level.signal**2 * self.deviation**2 + level.noise**2) ** 0.5
 
     def transport(self, z_BCHW, start, end, prompt=""):
-        """Along the probability flow from ᾱ = start to ᾱ = end: quantiles stay quantiles."""
-        mean = self.mean + 0.01 * len(prompt)
-        width = [(a * self.deviation**2 + 1 - a) ** 0.5 for a in (start, end)]
-        return end**0.5 * mean + (z_BCHW - start**0.5 * mean) * width[1] / width[0]
+        """Along the probability flow from one noise level to another: quantiles stay quantiles."""
+        mean, width = self.mean + 0.01 * len(prompt), self._width(end) / self._width(start)
+        return end.signal * mean + (z_BCHW - start.signal * mean) * width
 
     def encode(self, image_B3hw):
         return torch.cat([image_B3hw, image_B3hw[:, :1]], dim=1).double()

@@ -43,7 +43,8 @@ def genie(
 ) -> None:
     """Compare GeNIe-Ada's step-aligned batch with a run for each ratio: calls of the model, and time."""
     from stages.backbones.device import default_device
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
 
     facts = measure(load_backbone(BackboneSettings(), default_device()), rows, runs, steps, guidance)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +65,10 @@ class Counted:
     def embed_words(self, prompt: str, words: Mapping[str, Any]) -> Any:  # a protocol looks for it by name
         return self._backbone.embed_words(prompt, words)
 
-    def predict(self, z_BCHW: Any, t: int, text_BLD: Any) -> Any:
+    def predict(self, z_BCHW: Any, t: float, text: Any) -> Any:
         self.calls += 1
         self.rows += len(z_BCHW)
-        return self._backbone.predict(z_BCHW, t, text_BLD)
+        return self._backbone.predict(z_BCHW, t, text)
 
 
 def measure(backbone: Backbone, rows: int, runs: int, steps: int, guidance: float) -> dict[str, Any]:

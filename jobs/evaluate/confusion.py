@@ -63,7 +63,7 @@ def shares(config: BuildConfig, classifier: str) -> list[dict[str, Any]]:
     from stages import images
     from stages.backbones.classifier import class_index, load_classifier
     from stages.backbones.device import default_device
-    from stages.backbones.latent_diffusion import native_size
+    from stages.backbones.diffusion.load import native_size
     from stages.read.admit import admit
 
     assert config.references is not None

@@ -70,7 +70,8 @@ def directions(
 ) -> None:
     """Is an edit one direction for all seeds? Angles between directions, and their effect on other seeds."""
     from jobs.evaluate.report import Heading, write
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
     from stages.contract import Sampler
 
     started = time.monotonic()

@@ -73,8 +73,8 @@ def inversion(
     from jobs.evaluate.sets import image_sets, training_drawings
     from pipeline.store import Store
     from stages import registry
-    from stages.backbones.latent_diffusion import BackboneSettings, load_backbone
-    from stages.sampling import timesteps
+    from stages.backbones.diffusion.load import load_backbone
+    from stages.backbones.diffusion.settings import BackboneSettings
 
     counts = tuple(dict.fromkeys(steps or ((2, 3) if quick else STEPS)))
     count, told_apart = (2, 10) if quick else (images, 200)
@@ -84,7 +84,7 @@ def inversion(
     store.probe()
     backbone = load_backbone(BackboneSettings(), torch.device("cpu"))
     for n in counts:
-        timesteps(backbone, n)  # raises for more than there are
+        backbone.schedule.path(n)  # raises for more than there are
     whole = {images.name: images for images in image_sets(told_apart)}
     methods = {name: {"method": name} for name in registry.names("invert") if name not in LEFT_OUT}
     methods |= VARIANTS

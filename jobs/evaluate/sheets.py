@@ -20,7 +20,7 @@ from pipeline.seeds import load_seeds
 from pipeline.store import Store
 from schemas.ids import random_stream
 from stages import images, registry
-from stages.backbones.latent_diffusion import load_backbone
+from stages.backbones.diffusion.load import load_backbone
 from stages.backbones.models import LoadedModels
 from stages.contract import Backbone, Combine, Order
 

@@ -9,21 +9,20 @@ Shape letters: h w image.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from schemas.errors import UserError
 from schemas.ids import fingerprint
-from stages.backbones import files
+from stages.backbones import files, hub
 from stages.backbones.classifier import classifier_classes
 from stages.backbones.clip import clip_fingerprint, load_clip
+from stages.backbones.pretrained import load_pretrained
 from stages.backbones.tangram_captions import TangramCaptioner
 from stages.contract import Captioner
 from stages.images import to_uint8
@@ -54,19 +53,11 @@ def load_captioner(model: str, device: torch.device) -> Captioner:
         return TangramCaptioner(load_clip("tangram", device), shapes, identity)
     import transformers
 
-    folder, given = _folder(model), {"local_files_only": True, "trust_remote_code": False}
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with torch.inference_mode(False):
-            network = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, **given
-            )
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **given)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"captioner {model} cannot be loaded from {folder}: {files.first_line(error)}"
-        ) from error
+    what, folder, safe = f"captioner {model}", _folder(model), {"trust_remote_code": False}
+    with files.told(what, folder):
+        network = load_pretrained(transformers.AutoModelForImageTextToText, folder, what, **safe)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, **safe)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **safe)
     return TransformersCaptioner(network, processor, tokenizer, identity, device)
 
 
@@ -91,21 +82,9 @@ def _folder(model: str) -> Path:
             " or a hub id such as Salesforce/blip-image-captioning-large"
         )
     else:
-        folder = _download(model)
+        folder = hub.fetch(model.removeprefix(hub.PREFIX), tuple(f"*{kind}" for kind in KINDS), what)
     files.need(folder, ["config.json"], what)
     if not any(file.suffix == ".safetensors" for file in folder.iterdir()):
-        raise UserError(f"{what}: {folder} has no *.safetensors")
+        pickles = [file.name for file in folder.iterdir() if file.suffix in files.PICKLES]
+        raise UserError(f"{what}: {folder} has no *.safetensors{files.only_pickled(pickles)}")
     return folder
-
-
-@lru_cache
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=[f"*{kind}" for kind in KINDS]))
-    except Exception as error:  # the hub client raises its own, httpx's and the system's
-        raise UserError(
-            f"captioner {model} is neither a local folder nor to be had from the Hugging Face hub:"
-            f" {files.first_line(error)}"
-        ) from error

@@ -2,11 +2,10 @@
 
 - tangram: the embedded classifier, before its last layer;
 - clip:NAME: the image features of a CLIP model, NAME as `stages.backbones.clip` knows it;
-- a folder in the layout of `stages.backbones.classifier`, before its last layer (`classes` may be missing);
+- timm:NAME, hf-hub:owner/name, or a folder, of a timm network as `stages.backbones.classifier` knows them,
+  before its last layer (its classes need no names);
 - package.module:factory: a callable without arguments that returns a torch.nn.Module from images in [-1, 1],
-  of the backbone's size, to features. It must be the same network each time. Nobody can tell from outside
-  when its weights change: its identity is its import path and, where it has one, its attribute `fingerprint`
-  (a string), which should change with them.
+  of the backbone's size, to features (`stages.backbones.own` says more).
 
 Features come as they are: not normalised, of any size, with gradient where the network has one.
 
@@ -15,7 +14,6 @@ Shape letters: B batch, h w image, E features.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,14 +24,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from schemas.errors import UserError
-from schemas.ids import fingerprint
-from stages.backbones import classifier, files
+from stages.backbones import classifier, files, hub, own
 from stages.backbones.clip import clip_feature_size, clip_fingerprint
 from stages.contract import ClipModel, FeatureExtractor
 
 CLIP = "clip:"
 ALLOWED = (
-    f"give tangram, {CLIP}NAME, a folder with {' and '.join(classifier.FILES)}, or package.module:factory"
+    f"give tangram, {CLIP}NAME, a folder with {' and '.join(classifier.FILES)}, {classifier.TIMM}NAME,"
+    f" {hub.PREFIX}owner/name, or package.module:factory"
 )
 
 
@@ -45,17 +43,8 @@ class Extractor:
         self.fingerprint = fingerprint
 
     def features(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B E"]:
-        found = self._see(image_B3hw)
-        if not isinstance(found, Tensor):
-            given = f"a {type(found).__name__}"
-        elif found.ndim != 2 or len(found) != len(image_B3hw) or not found.is_floating_point():
-            given = f"{found.dtype} of shape {tuple(found.shape)}".removeprefix("torch.")
-        else:
-            return found
-        raise UserError(
-            f"extractor {self._name}: gives {given} for {len(image_B3hw)} images;"
-            " it must give a row of features for each, floating-point numbers of shape (images, features)"
-        )
+        what = f"extractor {self._name}"
+        return own.rows(self._see(image_B3hw), len(image_B3hw), what, "features", "images")
 
 
 def load_extractor(model: str, device: torch.device, clip: Callable[[str], ClipModel]) -> Extractor:
@@ -67,7 +56,7 @@ def load_extractor(model: str, device: torch.device, clip: Callable[[str], ClipM
     if kind == "folder":
         network = classifier.load_network(name, device)
         return Extractor(model, network.fingerprint, network.features)
-    module = _module(name).to(device).eval().requires_grad_(False)
+    module = own.on_device(_module(name), device)
     return Extractor(model, extractor_fingerprint(model), module)
 
 
@@ -107,7 +96,11 @@ def probe(extractor: FeatureExtractor, name: str, image_3hw: Float[Tensor, "3 h 
 def _parse(model: str) -> tuple[Literal["clip", "folder", "module"], str]:
     if model.startswith(CLIP):
         return "clip", model.removeprefix(CLIP)
-    if model == "tangram" or Path(model).expanduser().is_dir():
+    if (
+        model == "tangram"
+        or model.startswith((classifier.TIMM, hub.PREFIX))
+        or Path(model).expanduser().is_dir()
+    ):
         return "folder", model
     if ":" in model:
         return "module", model
@@ -115,21 +108,7 @@ def _parse(model: str) -> tuple[Literal["clip", "folder", "module"], str]:
 
 
 def _module(path: str) -> torch.nn.Module:
-    name, _, attribute = path.partition(":")
-    try:
-        factory = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise UserError(
-            f"extractor {path!r} cannot be imported ({files.first_line(error)}); {ALLOWED}"
-        ) from error
-    try:
-        with torch.inference_mode(False):
-            module = factory()
-    except Exception as error:  # a user's own code
-        raise UserError(
-            f"extractor {path!r} cannot be made ({type(error).__name__}: {files.first_line(error)});"
-            " it is called without arguments"
-        ) from error
+    module = own.make(path, f"extractor {path!r}", ALLOWED)
     if not isinstance(module, torch.nn.Module):
         raise UserError(
             f"extractor {path!r} gives a {type(module).__name__}; it must be a callable without arguments"
@@ -141,9 +120,4 @@ def _module(path: str) -> torch.nn.Module:
 @cache
 def _module_fingerprint(path: str) -> str:
     """A module must be made to be asked, so it is asked once."""
-    said = getattr(_module(path), "fingerprint", None)
-    if not isinstance(said, str | None):
-        raise UserError(
-            f"extractor {path!r}: its fingerprint is a {type(said).__name__}; it must be a string"
-        )
-    return fingerprint({"module": path, "fingerprint": said})
+    return own.identity(path, _module(path), f"extractor {path!r}")

@@ -13,13 +13,23 @@ from stages.backbones.classifier import classifier_classes, classifier_fingerpri
 from stages.backbones.clip import clip_fingerprint, load_clip
 from stages.backbones.device import default_device
 from stages.backbones.extractor import extractor_fingerprint, extractor_size, load_extractor
-from stages.contract import Backbone, Captioner, ClipModel, FeatureExtractor, ImageClassifier, ModelKind
+from stages.backbones.safety_checker import load_safety_checker, safety_checker_fingerprint
+from stages.contract import (
+    Backbone,
+    Captioner,
+    ClipModel,
+    FeatureExtractor,
+    ImageClassifier,
+    ModelKind,
+    SafetyChecker,
+)
 
 FINGERPRINTS: dict[ModelKind, Callable[[str], str]] = {
     "captioner": captioner_fingerprint,
     "clip": clip_fingerprint,
     "classifier": classifier_fingerprint,
     "extractor": extractor_fingerprint,
+    "safety_checker": safety_checker_fingerprint,
 }
 
 
@@ -33,6 +43,7 @@ class LoadedModels:
         self._clip = cache(lambda model: load_clip(model, device))
         self._classifier = cache(lambda model: load_classifier(model, device))
         self._captioner = cache(lambda model: load_captioner(model, device))
+        self._safety_checker = cache(lambda model: load_safety_checker(model, device))
         self._extractor = cache(lambda model: load_extractor(model, device, self._clip))
 
     def backbone(self) -> Backbone:
@@ -60,6 +71,10 @@ class LoadedModels:
 
     def feature_size(self, model: str) -> int | None:
         return extractor_size(model)
+
+    def safety_checker(self, model: str) -> SafetyChecker:
+        with self._lock:
+            return self._safety_checker(model)
 
     def fingerprint(self, kind: ModelKind, model: str) -> str:
         return FINGERPRINTS[kind](model)

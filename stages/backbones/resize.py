@@ -8,6 +8,7 @@ Shape letters: B batch, h w image, S size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -39,3 +40,21 @@ def resize_crop(image_B3hw: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor
 def _centre(matrix: Tensor, size: int) -> Tensor:
     start = round((len(matrix) - size) / 2)
     return matrix[start : start + size]
+
+
+class Preprocessing:
+    """Image tensors in [-1, 1], of any size, as a network wants them: `resize_crop`, then normalised.
+
+    The whole of a square image is seen, whatever extra crop the network's own evaluation makes. `mean` and
+    `std` are of pixels on [0, 1].
+    """
+
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.size = size
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (mean, std)
+        )
+
+    def __call__(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 s s"]:
+        pixels_B3ss = (resize_crop(image_B3hw, self.size) + 1) / 2
+        return (pixels_B3ss - self._mean) / self._std

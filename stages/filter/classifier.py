@@ -27,7 +27,8 @@ class ClassifierFilter(Filter):
     class Config(Settings):
         method: Literal["classifier"] = "classifier"
         model: str = "tangram"
-        """Classifier: tangram, or a folder with config.json and model.safetensors in timm's layout."""
+        """Classifier: tangram, a folder of timm's, transformers' or our layout, timm:NAME, hf-hub:owner/name,
+        or package.module:Class."""
         probability: float = Field(0.5, ge=0, le=1)
         """Least probability of the target class."""
 

@@ -47,7 +47,8 @@ class ClipFilter(Filter):
     class Config(Settings):
         method: Literal["clip"] = "clip"
         model: str = "tangram"
-        """CLIP model: tangram, local-dir:FOLDER, ARCHITECTURE/WEIGHTS."""
+        """CLIP model: tangram, a folder, hf-hub:owner/name, open_clip's ARCHITECTURE/WEIGHTS, or
+        package.module:Class."""
         margin: float = Field(0.0, ge=-2, le=2)
         """Least margin to the best other class, a difference of cosines."""
         similarity: float | None = Field(None, ge=-1, le=1)

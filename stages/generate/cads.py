@@ -6,20 +6,20 @@ arXiv:2310.17347. At step k of n, with t = 1 − k/n and y the embedding of the 
     ŷ = √γ·y + s·√(1−γ)·n,    γ(t) = 1 up to τ1, (τ2 − t)/(τ2 − τ1) between, 0 from τ2 on,
     y' = ψ·rescaled + (1 − ψ)·ŷ,    rescaled = (ŷ − mean ŷ)/s.d. ŷ · s.d. y + mean y,
 
-with one mean and one s.d. for a whole embedding. Early steps, which decide the composition, hardly see the
-prompt; from t ≤ τ1 on they see it as it is.
+with one mean and one s.d. for a whole embedding (and for the pooled embedding, of backbones that read one).
+Early steps, which decide the composition, hardly see the prompt; from t ≤ τ1 on they see it as it is.
 
 Readings: the noise is fresh in every step and on the condition alone, as descriptions of the paper say. The
 published web-UI extension also noises the unconditional half (`noised: both`) and reseeds in each step, which
 keeps its noise constant in time; that is not offered. The constants are those of all implementations for
 Stable Diffusion; the paper's own table was not at hand. Its dynamic classifier-free guidance is left out.
 
-Shape letters: B batch, C H W latent, L D text tokens and width.
+Shape letters: B batch, C H W latent, D the shape of an embedding.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,10 +27,10 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Generate, Generated, Models, Order, Sampler
+from stages.contract import Backbone, Generate, Generated, Models, Need, Order
 from stages.generate.noise import row_noise
+from stages.generate.settings import SamplerSettings
 from stages.sampling import Condition, condition, denoise
 
 
@@ -40,39 +40,37 @@ def gamma(t: float, tau1: float, tau2: float) -> float:
 
 
 def anneal(
-    text_BLD: Float[Tensor, "B L D"],
-    noise_BLD: Float[Tensor, "B L D"],
+    text: Float[Tensor, B * D],
+    noise: Float[Tensor, B * D],
     share: float,
     scale: float,
     psi: float,
-) -> Float[Tensor, "B L D"]:
+) -> Float[Tensor, B * D]:
     """The condition with noise, γ = `share`; for γ = 1 the very condition."""
     if share == 1:
-        return text_BLD
-    noised_BLD = share**0.5 * text_BLD + scale * (1 - share) ** 0.5 * noise_BLD
-    standard_BLD = (noised_BLD - _mean(noised_BLD)) / _deviation(noised_BLD)
-    rescaled_BLD = standard_BLD * _deviation(text_BLD) + _mean(text_BLD)
-    return psi * rescaled_BLD + (1 - psi) * noised_BLD
+        return text
+    noised = share**0.5 * text + scale * (1 - share) ** 0.5 * noise
+    standard = (noised - _mean(noised)) / _deviation(noised)
+    rescaled = standard * _deviation(text) + _mean(text)
+    return psi * rescaled + (1 - psi) * noised
 
 
-def _mean(text_BLD: Tensor) -> Tensor:
-    return text_BLD.mean(dim=(1, 2), keepdim=True)
+def _mean(text: Tensor) -> Tensor:
+    return text.mean(dim=tuple(range(1, text.ndim)), keepdim=True)
 
 
-def _deviation(text_BLD: Tensor) -> Tensor:
-    return text_BLD.std(dim=(1, 2), keepdim=True)
+def _deviation(text: Tensor) -> Tensor:
+    return text.std(dim=tuple(range(1, text.ndim)), keepdim=True)
 
 
 @registry.method("cads")
 class Cads(Generate):
     """Images of the prompt from seeds; the prompt is heard late."""
 
-    class Config(Settings):
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompt"})
+
+    class Config(SamplerSettings):
         method: Literal["cads"] = "cads"
-        steps: int = Field(20, ge=1)
-        """DDIM steps, as in text_to_image."""
-        guidance: float = Field(4.0, ge=0)
-        """Scale of classifier-free guidance, as in text_to_image."""
         tau1: float = Field(0.6, ge=0, lt=1)
         """τ1, in units of the whole path from image (0) to noise (1): the condition is clean up to here."""
         tau2: float = Field(0.9, gt=0, le=1)
@@ -94,21 +92,18 @@ class Cads(Generate):
                 )
             return self
 
-    def sampler(self) -> Sampler:
-        return Sampler(self.config.steps, self.config.guidance)
-
     def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
         config, streams = self.config, [chance.own() for chance in order.chances]
 
         def ask(k: int, z_BCHW: Tensor) -> Condition:
             share = gamma((config.steps - k) / config.steps, config.tau1, config.tau2)
 
-            def noised(text_BLD: Tensor) -> Tensor:
-                return anneal(text_BLD, row_noise(streams, text_BLD), share, config.scale, config.psi)
+            def noised(text: Tensor) -> Tensor:
+                return anneal(text, row_noise(streams, text), share, config.scale, config.psi)
 
-            text_BLD = noised(clean.text_BLD)
-            negative_BLD = noised(clean.negative_BLD) if config.noised == "both" else clean.negative_BLD
-            return Condition(text_BLD, negative_BLD, config.guidance)
+            text = clean.text.map(noised)  # first, so that its noise is the same either way
+            negative = clean.negative.map(noised) if config.noised == "both" else clean.negative
+            return Condition(text, negative, config.guidance)
 
         with torch.no_grad():
             clean = condition(backbone, order.prompt, config.guidance, len(order.z_BCHW))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from schemas.errors import UserError
 from stages import registry
-from stages.contract import Backbone, Material, Models, Order
+from stages.contract import Backbone, Material, Models, Need, Order
 from stages.generate.redraw import FixedRedraw, RedrawSettings
 from stages.sampling import Condition, condition
 
@@ -62,6 +62,7 @@ class Cap2Aug(FixedRedraw):
     """References of the class, changed towards what other references of the class show."""
 
     starts_from: ClassVar[Literal["seed", "reference", "source"]] = "reference"
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompt"})
 
     class Config(RedrawSettings):
         method: Literal["cap2aug"] = "cap2aug"

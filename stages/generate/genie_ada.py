@@ -35,7 +35,7 @@ from torch import Tensor
 from schemas.errors import UserError
 from stages import registry
 from stages.backbones.extractor import probe
-from stages.contract import Backbone, Facts, Generated, Material, Models, Order
+from stages.contract import Backbone, Facts, Generated, Material, Models, Need, Order
 from stages.generate.redraw import Redraw, RedrawSettings, redraw
 from stages.sampling import condition, steps_of
 
@@ -58,13 +58,15 @@ class GenieAda(Redraw):
     """Images of the target class that look like an image of another one, each at a ratio of its own."""
 
     starts_from: ClassVar[Literal["seed", "reference", "source"]] = "source"
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompt"})
 
     class Config(RedrawSettings):
         method: Literal["genie_ada"] = "genie_ada"
         ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
         """Noise ratios to choose from, at least 2, each above 0 to 1; the smallest is only compared with."""
         extractor: str = Field("tangram", min_length=1)
-        """Network of the features: tangram, clip:NAME, a folder in timm's layout, package.module:factory."""
+        """Network of the features: tangram, clip:NAME, a folder of timm's, timm:NAME, hf-hub:owner/name,
+        package.module:factory."""
 
         @field_validator("ratios")
         @classmethod

@@ -1,7 +1,8 @@
 """MinorityPrompt: a word at the end of the prompt that is learned while the image is drawn, to make it rare.
 
 Um & Ye, "Minority-focused text-to-image generation via prompt optimization", arXiv:2410.07838. The prompt
-with learnable words is C_v, without them C. At a step with latents z_t, without guidance,
+with learnable words is C_v, without them C. At a step with latents z_t, without guidance (on a flow z_s =
+(1−σ_s)·x̂0¹ + σ_s·n),
 
     x̂0¹ = x̂0(z_t, C_v),  z_s = √ᾱ_s·x̂0¹ + √(1−ᾱ_s)·n,  x̂0² = x̂0(z_s, C),
     J = ‖x̂0¹ − sg x̂0²‖² + λ·‖sg x̂0¹ − x̂0²‖²,
@@ -29,12 +30,12 @@ that is not finite spoils its batch.
 A backbone with several text encoders needs nothing here: its `word` gives what its `embed_words` takes, such
 as the vectors of all its encoders side by side.
 
-Shape letters: B batch, C H W latent, L D text tokens and width, N learnable words.
+Shape letters: B batch, C H W latent, D width of a word, N learnable words.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -42,50 +43,50 @@ from pydantic import Field
 from torch import Tensor
 
 from schemas.errors import UserError
-from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Facts, Generate, Generated, Models, Order, Sampler
+from stages.contract import Backbone, Facts, Generate, Generated, Models, Need, Order, Text
 from stages.generate.noise import row_noise
-from stages.sampling import Condition, add_noise, condition, denoise, timesteps, to_x0
+from stages.generate.settings import SamplerSettings
+from stages.sampling import Condition, add_noise, condition, denoise, path_of, to_x0
 
 
 def predict_x0(
-    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: int, text_BLD: Float[Tensor, "B L D"]
+    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: float, text: Text
 ) -> Float[Tensor, "B C H W"]:
-    """x̂0 at training timestep t, without guidance."""
-    output_BCHW = backbone.predict(z_BCHW, t, text_BLD)
-    return to_x0(z_BCHW, output_BCHW, float(backbone.alphas_cumprod[t]), backbone.prediction_type)
+    """x̂0 at time t of training, without guidance."""
+    schedule = backbone.schedule
+    return to_x0(z_BCHW, backbone.predict(z_BCHW, t, text), schedule.level(t), schedule.prediction)
 
 
 def minority_objective(
     backbone: Backbone,
     z_BCHW: Float[Tensor, "B C H W"],
-    t: int,
-    learned_BLD: Float[Tensor, "B L D"],
-    base_BLD: Float[Tensor, "B L D"],
+    t: float,
+    learned: Text,
+    base: Text,
     noise_BCHW: Float[Tensor, "B C H W"],
-    s: int,
+    s: float,
     lambda_: float,
 ) -> Float[Tensor, " B"]:
     """J of each row. Rows do not mix, so the gradient of the sum holds each row's own gradient."""
-    first_BCHW = predict_x0(backbone, z_BCHW, t, learned_BLD)
-    noised_BCHW = add_noise(first_BCHW, noise_BCHW, float(backbone.alphas_cumprod[s]))
-    second_BCHW = predict_x0(backbone, noised_BCHW, s, base_BLD)
+    first_BCHW = predict_x0(backbone, z_BCHW, t, learned)
+    noised_BCHW = add_noise(first_BCHW, noise_BCHW, backbone.schedule.level(s))
+    second_BCHW = predict_x0(backbone, noised_BCHW, s, base)
     through_first_B = (first_BCHW - second_BCHW.detach()).square().sum(dim=(1, 2, 3))
     through_second_B = (first_BCHW.detach() - second_BCHW).square().sum(dim=(1, 2, 3))
     return through_first_B + lambda_ * through_second_B
 
 
 def diversity_objective(
-    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: int, learned_BLD: Float[Tensor, "B L D"]
+    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: float, learned: Text
 ) -> Float[Tensor, " B"]:
     """The mean squared distance of each row's x̂0 to those of the other rows."""
-    x0_BM = predict_x0(backbone, z_BCHW, t, learned_BLD).flatten(1)
+    x0_BM = predict_x0(backbone, z_BCHW, t, learned).flatten(1)
     distance_BB = (x0_BM[:, None] - x0_BM[None]).square().sum(dim=2)
     return distance_BB.sum(dim=1) / (len(x0_BM) - 1)
 
 
-def noise_timestep(level: float | Literal["annealed"], t: int, steps: int, total: int) -> int:
+def noise_timestep(level: float | Literal["annealed"], t: float, steps: int, total: int) -> float:
     """s, at which x̂0¹ is noised again: a share of the T = `total` timesteps, or mirrored from t."""
     s = total - (t - total // steps + 1) if level == "annealed" else round(level * total)
     return min(max(s, 1), total - 1)
@@ -95,10 +96,12 @@ def noise_timestep(level: float | Literal["annealed"], t: int, steps: int, total
 class MinorityPrompt(Generate):
     """Images of the prompt from seeds, made rare. Adam is elementwise, so rows mix for `diversity` alone."""
 
-    class Config(Settings):
+    needs: ClassVar[frozenset[Need]] = frozenset({"words"})
+
+    class Config(SamplerSettings):
         method: Literal["minority_prompt"] = "minority_prompt"
         steps: int = Field(20, ge=1)
-        """DDIM steps, as in text_to_image; the paper's Stable Diffusion draws with 50."""
+        """Sampler steps, as in text_to_image; the paper's Stable Diffusion draws with 50."""
         guidance: float = Field(4.0, ge=0)
         """Scale of classifier-free guidance in the images, not in the objective. The paper's is 7.5."""
         objective: Literal["minority", "diversity"] = "minority"
@@ -128,9 +131,6 @@ class MinorityPrompt(Generate):
         placeholder: str = Field("*", pattern=r"^\S+$")
         """The learnable words are written PLACEHOLDER_0, PLACEHOLDER_1 … at the end of the prompt; the
         backbone's vocabulary must not have them."""
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.config.steps, self.config.guidance)
 
     def words(self) -> list[str]:
         """The learnable words as they stand in the prompt."""
@@ -163,27 +163,27 @@ class MinorityPrompt(Generate):
                 "minority_prompt: objective diversity compares the rows of a batch, and this batch has one: "
                 "set the recipe's batch to at least 2"
             )
-        path, total = timesteps(backbone, config.steps), len(backbone.alphas_cumprod)
+        times, total = path_of(backbone, self.sampler()).times, backbone.schedule.total
         streams = [chance.own() for chance in order.chances]
         base = condition(backbone, order.prompt, config.guidance, batch)
         v_NBD = backbone.word(config.start).expand(len(words), batch, -1).clone().requires_grad_()
         history: list[Tensor] = []
 
-        def learned() -> Tensor:
+        def learned() -> Text:
             prompt = " ".join([order.prompt, *words])
             return backbone.embed_words(prompt, dict(zip(words, v_NBD, strict=True)))
 
-        def objective(z_BCHW: Tensor, t: int) -> Tensor:
+        def objective(z_BCHW: Tensor, t: float) -> Tensor:
             if config.objective == "diversity":
                 return diversity_objective(backbone, z_BCHW, t, learned())
             noise_BCHW = row_noise(streams, z_BCHW)
             s = noise_timestep(config.level, t, config.steps, total)
             return minority_objective(
-                backbone, z_BCHW, t, learned(), base.text_BLD, noise_BCHW, s, config.lambda_
+                backbone, z_BCHW, t, learned(), base.text, noise_BCHW, s, config.lambda_
             )
 
         @torch.enable_grad()
-        def improve(z_BCHW: Tensor, t: int) -> None:
+        def improve(z_BCHW: Tensor, t: float) -> None:
             optimizer = torch.optim.Adam([v_NBD], lr=config.lr, maximize=True)
             for _ in range(config.iterations):
                 objective_B = objective(z_BCHW, t)
@@ -192,11 +192,11 @@ class MinorityPrompt(Generate):
                 history.append(objective_B.detach())
 
         def ask(k: int, z_BCHW: Tensor) -> Condition:
-            optimised = k % config.every == 0 and path[k] > config.above * total
+            optimised = k % config.every == 0 and times[k] > config.above * total
             if optimised:
-                improve(z_BCHW, path[k])
+                improve(z_BCHW, times[k])
             if optimised or (history and config.unoptimised == "learned"):
-                return Condition(learned(), base.negative_BLD, config.guidance)
+                return Condition(learned(), base.negative, config.guidance)
             return base
 
         with torch.no_grad():

@@ -13,16 +13,16 @@ Shape letters: B batch, C H W latent.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from schemas.errors import UserError
-from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Facts, Generate, Generated, Models, Order, Sampler
+from stages.contract import Backbone, Facts, Generate, Generated, Models, Need, Order
+from stages.generate.settings import SamplerSettings
 from stages.sampling import condition, denoise
 
 
@@ -30,10 +30,12 @@ from stages.sampling import condition, denoise
 class NullPrompt(Generate):
     """Images of the prompt from seeds, away from another prompt."""
 
-    class Config(Settings):
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompt"})
+
+    class Config(SamplerSettings):
         method: Literal["null_prompt"] = "null_prompt"
         steps: int = Field(20, ge=1)
-        """DDIM steps, as in text_to_image; the paper draws with 50."""
+        """Sampler steps, as in text_to_image; the paper draws with 50."""
         guidance: float = Field(4.0, ge=0)
         """Scale of classifier-free guidance, as in text_to_image; not 1. The paper uses 7.5."""
         negative: str = Field("commonly-looking", min_length=1)
@@ -49,9 +51,6 @@ class NullPrompt(Generate):
                     "give another scale, such as 4, or take method text_to_image",
                 )
             return guidance
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.config.steps, self.config.guidance)
 
     def check(self, facts: Facts, models: Models, target: str, prompt: str) -> None:
         needed = len(facts.tokens(self.config.negative)) + 2  # one opens a prompt and one closes it

@@ -1,12 +1,12 @@
 """Redrawing an image: noise it up to a ratio r, and let the sampler draw the rest.
 
 Meng et al. (SDEdit), arXiv:2108.01073; Luzi et al. (Boomerang), arXiv:2210.12100. With S sampling steps the
-last ⌊r·S⌋ are made, from z = √ᾱ·z_0 + √(1−ᾱ)·n at the first of them; at r = 1 from n itself, as the authors
-of GeNIe (arXiv:2312.02548) do.
+last ⌊r·S⌋ are made, from z = √ᾱ·z_0 + √(1−ᾱ)·n at the first of them (on a flow z = (1−σ)·z_0 + σ·n); at r = 1
+from n itself, as the authors of GeNIe (arXiv:2312.02548) do.
 
 Departures: their code noises up to timestep int(1000·r) and asks the model first at the scheduler's next one
-below; here both are one timestep, so that the sampler starts at the noise level that it finds. DDIM in place
-of DPM-Solver. z_0 is the VAE's posterior mean.
+below; here both are one timestep, so that the sampler starts at the noise level that it finds. DDIM unless
+set, in place of DPM-Solver. z_0 is the VAE's posterior mean.
 
 Several ratios go through the sampler together: a branch joins the batch at its first step. Every call of the
 model then has all rows that are at that timestep: as many calls as the longest branch has steps.
@@ -30,9 +30,9 @@ from pydantic import Field
 from torch import Tensor
 
 from schemas.errors import UserError
-from schemas.settings import Settings
 from stages.contract import Backbone, Facts, Generate, Generated, Models, Order, Sampler
-from stages.sampling import Condition, add_noise, alphas, condition, denoise, steps_of, timesteps
+from stages.generate.settings import SamplerSettings
+from stages.sampling import Condition, add_noise, condition, denoise, path_of, steps_of
 
 
 def redraw(
@@ -44,7 +44,7 @@ def redraw(
     ratios: Sequence[float],
 ) -> Float[Tensor, "M B C H W"]:
     """Latents z_0 of the images as each ratio redraws them. A ratio of no whole step gives z_0 back."""
-    levels = alphas(backbone, timesteps(backbone, sampler.steps))
+    levels = path_of(backbone, sampler).levels
     firsts = [sampler.steps - steps_of(ratio, sampler.steps) for ratio in ratios]
     done = {m: z0_BCHW for m, first in enumerate(firsts) if first == sampler.steps}
     running: list[int] = []  # branches in the batch
@@ -69,7 +69,7 @@ def redraw_rows(
     ratios: Sequence[float],
 ) -> Float[Tensor, "B C H W"]:
     """Latents z_0 of the images, each row as its own ratio redraws it. No whole step gives z_0 back."""
-    levels = alphas(backbone, timesteps(backbone, sampler.steps))
+    levels = path_of(backbone, sampler).levels
     firsts = [sampler.steps - steps_of(ratio, sampler.steps) for ratio in ratios]
     # in the memory layout of noise, whatever the VAE's is: kernels, and with them bits, depend on it
     z_BCHW = z0_BCHW.clone(memory_format=torch.contiguous_format)
@@ -84,12 +84,10 @@ def redraw_rows(
 
 
 def _repeated(asked: Condition, times: int) -> Condition:
-    return Condition(
-        asked.text_BLD.repeat(times, 1, 1), asked.negative_BLD.repeat(times, 1, 1), asked.guidance
-    )
+    return Condition(asked.text.repeat(times), asked.negative.repeat(times), asked.guidance)
 
 
-class RedrawSettings(Settings):
+class RedrawSettings(SamplerSettings):
     """Of methods that redraw images."""
 
     steps: int = Field(50, ge=1)
@@ -101,14 +99,16 @@ class RedrawSettings(Settings):
 class Redraw(Generate):
     """A method that redraws each row's image at a ratio: what it adds is which images, and which ratio."""
 
-    def sampler(self) -> Sampler:
-        return Sampler(self.config.steps, self.config.guidance)
-
     @abstractmethod
     def ratios(self) -> Sequence[float]:
         """The noise ratios that may be used."""
 
     def check(self, facts: Facts, models: Models, target: str, prompt: str) -> None:
+        if self.sampler().scheduler == "dpm_solver++" and len(self.ratios()) > 1:
+            raise UserError(
+                f"generate: {self.name} draws several ratios in one batch, and dpm_solver++ remembers the"
+                " step before, which a ratio that joins does not have; give scheduler ddim or euler"
+            )
         for ratio in self.ratios():
             if steps_of(ratio, self.config.steps) == 0:
                 raise UserError(

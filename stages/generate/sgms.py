@@ -19,6 +19,7 @@ Shape letters: B batch, C H W latent.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -26,52 +27,57 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Generate, Generated, Models, Order, Sampler
+from stages.contract import Backbone, Generate, Generated, Models, Order
 from stages.generate.noise import row_noise
-from stages.sampling import Condition, add_noise, alphas, condition, denoise, predict_guided, timesteps, to_x0
+from stages.generate.settings import SamplerSettings
+from stages.sampling import Condition, add_noise, condition, denoise, path_of, predict_guided, to_x0
+from stages.schedule import Level
 
 
 def minority_gradient(
     backbone: Backbone,
     z_BCHW: Float[Tensor, "B C H W"],
-    t: int,
+    t: float,
     asked: Condition,
     noise_BCHW: Float[Tensor, "B C H W"],
-    s: int,
+    s: float,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B C H W"]]:
     """‖x̂0(z_t) − x̂0(z_s)‖² of each row, and g. Rows do not mix."""
 
-    def x0(z_BCHW: Tensor, t: int) -> Tensor:
+    schedule = backbone.schedule
+
+    def x0(z_BCHW: Tensor, t: float) -> Tensor:
         output_BCHW = predict_guided(backbone, z_BCHW, t, asked)
-        return to_x0(z_BCHW, output_BCHW, float(backbone.alphas_cumprod[t]), backbone.prediction_type)
+        return to_x0(z_BCHW, output_BCHW, schedule.level(t), schedule.prediction)
 
     with torch.enable_grad():
         z_BCHW = z_BCHW.detach().requires_grad_()
         first_BCHW = x0(z_BCHW, t)
         with torch.no_grad():
-            second_BCHW = x0(add_noise(first_BCHW, noise_BCHW, float(backbone.alphas_cumprod[s])), s)
+            second_BCHW = x0(add_noise(first_BCHW, noise_BCHW, schedule.level(s)), s)
         distance_B = (first_BCHW - second_BCHW).square().sum(dim=(1, 2, 3))
         (gradient_BCHW,) = torch.autograd.grad(distance_B.sum(), z_BCHW)
     return distance_B.detach(), gradient_BCHW
 
 
-def posterior_variance(alpha_from: float, alpha_to: float) -> float:
-    """σ² of DDPM's q(z_to | z_from, x_0) (Ho et al., arXiv:2006.11239, Eq. 7), between noise levels ᾱ."""
-    return (1 - alpha_to) / (1 - alpha_from) * (1 - alpha_from / alpha_to)
+def posterior_variance(start: Level, end: Level) -> float:
+    """σ² of DDPM's q(z_end | z_start, x_0) (Ho et al., arXiv:2006.11239, Eq. 7), between noise levels.
+
+    A flow's latent is a diffusion's, with ᾱ = cos² φ, times the scale of its level.
+    """
+    alpha_from, alpha_to = (math.cos(level.angle) ** 2 for level in (start, end))
+    return end.scale**2 * (1 - alpha_to) / (1 - alpha_from) * (1 - alpha_from / alpha_to)
 
 
 @registry.method("sgms")
 class Sgms(Generate):
     """Images of the prompt from seeds, pushed towards what the model restores badly."""
 
-    class Config(Settings):
+    class Config(SamplerSettings):
         method: Literal["sgms"] = "sgms"
         steps: int = Field(20, ge=1)
-        """DDIM steps, as in text_to_image; published with 250."""
-        guidance: float = Field(4.0, ge=0)
-        """Scale of classifier-free guidance, as in text_to_image."""
+        """Sampler steps, as in text_to_image; published with 250."""
         scale: float = Field(0.4, ge=0)
         """w: the largest change of a coordinate in one step, in units of σ_t² (CelebA 0.4, ImageNet 0.2)."""
         every: int = Field(5, ge=1)
@@ -79,13 +85,10 @@ class Sgms(Generate):
         level: float = Field(0.8, gt=0, lt=1)
         """s as a share of all timesteps, at which x̂0 is noised again (authors' code)."""
 
-    def sampler(self) -> Sampler:
-        return Sampler(self.config.steps, self.config.guidance)
-
     def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
         config, batch = self.config, len(order.z_BCHW)
-        path, total = timesteps(backbone, config.steps), len(backbone.alphas_cumprod)
-        levels, s = alphas(backbone, path), min(max(round(config.level * total), 1), total - 1)
+        path, total = path_of(backbone, self.sampler()), backbone.schedule.total
+        levels, s = path.levels, min(max(round(config.level * total), 1), total - 1)
         streams = [chance.own() for chance in order.chances]
         history: list[Tensor] = []
 
@@ -93,7 +96,7 @@ class Sgms(Generate):
             if k % config.every:
                 return after_BCHW
             noise_BCHW = row_noise(streams, before_BCHW)
-            distance_B, g_BCHW = minority_gradient(backbone, before_BCHW, path[k], asked, noise_BCHW, s)
+            distance_B, g_BCHW = minority_gradient(backbone, before_BCHW, path.times[k], asked, noise_BCHW, s)
             history.append(distance_B)
             largest_B111 = g_BCHW.abs().amax(dim=(1, 2, 3), keepdim=True)
             size = config.scale * posterior_variance(levels[k], levels[k + 1])

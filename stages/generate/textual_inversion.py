@@ -9,7 +9,7 @@ The settings are DA-Fusion's (arXiv:2302.07944 and its code): batch 4, AdamW wit
 shrinks v too, mirrored with probability ½, started at the word "the".
 
 A model that predicts v is asked for its own target, √ᾱ·ε − √(1−ᾱ)·z_0, in place of ε (its error is that of ε
-divided by √ᾱ), as diffusers' training scripts do.
+divided by √ᾱ), as diffusers' training scripts do, and a flow for its own, ε − z_0, at times drawn evenly.
 
 Departures: z_0 is the VAE's posterior mean, of each reference and of its mirror image encoded once, not a
 sample at each step. References and sentences are drawn with replacement. The authors' code learns a row of
@@ -17,14 +17,14 @@ the embedding table and restores all others after each step; here v is all that 
 table is not touched. The examples of a batch go through the model one at a time and their gradients are
 added, for a call has one timestep: the memory is that of one example.
 
-Shape letters: B batch, N references, S steps, C H W latent, h w image, L D text tokens and width.
+Shape letters: B batch, N references, S steps, C H W latent, h w image, D width of a word.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,8 +36,9 @@ from torch import Tensor
 from schemas.errors import UserError
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Facts, Generate, Generated, Material, Models, Order, Sampler
-from stages.sampling import Condition, add_noise, denoise
+from stages.contract import Backbone, Facts, Generate, Generated, Material, Models, Need, Order, Text
+from stages.generate.settings import SamplerSettings
+from stages.sampling import Condition, add_noise, denoise, output_of
 
 WORD = "{token}"  # where a template has the word
 
@@ -93,15 +94,14 @@ def token_loss(
     backbone: Backbone,
     z0_1CHW: Float[Tensor, "1 C H W"],
     noise_1CHW: Float[Tensor, "1 C H W"],
-    t: int,
-    text_1LD: Float[Tensor, "1 L D"],
+    t: float,
+    text: Text,
 ) -> Float[Tensor, ""]:
-    """The mean squared error of the model's output at timestep t, of ε or of v, whichever it predicts."""
-    alpha = float(backbone.alphas_cumprod[t])
-    output_1CHW = backbone.predict(add_noise(z0_1CHW, noise_1CHW, alpha), t, text_1LD)
-    target_1CHW = noise_1CHW
-    if backbone.prediction_type == "v_prediction":
-        target_1CHW = alpha**0.5 * noise_1CHW - (1 - alpha) ** 0.5 * z0_1CHW
+    """The mean squared error of the model's output at time t: of ε, v or n − x_0, whichever it predicts."""
+    schedule = backbone.schedule
+    level = schedule.level(t)
+    output_1CHW = backbone.predict(add_noise(z0_1CHW, noise_1CHW, level), t, text)
+    target_1CHW = output_of(z0_1CHW, noise_1CHW, level, schedule.prediction)
     return (output_1CHW - target_1CHW).square().mean()
 
 
@@ -114,7 +114,7 @@ def learn_token(
     """The vector v of a word for the images, and the loss of each step's examples before the step."""
     with torch.no_grad():  # one image at a time: neither memory nor bits depend on how many there are
         both = [torch.cat([backbone.encode(i[None]), backbone.encode(i[None].flip(-1))]) for i in image_N3hw]
-    z_N2CHW = torch.stack(both)
+    z_N2CHW, ladder = torch.stack(both), backbone.schedule.ladder
     losses = []
     with torch.enable_grad():
         word_D = backbone.word(settings.start).detach().clone().requires_grad_()
@@ -125,11 +125,11 @@ def learn_token(
             for _ in range(settings.batch):
                 image, mirrored = rng.integers(len(z_N2CHW)), int(rng.random() < settings.flip)
                 template = settings.templates[rng.integers(len(settings.templates))]
-                t = int(rng.integers(len(backbone.alphas_cumprod)))
+                t = ladder[rng.integers(len(ladder))]
                 z0_1CHW = z_N2CHW[image, mirrored][None]
                 noise = torch.from_numpy(rng.standard_normal(z0_1CHW.shape, dtype=np.float32))
-                text_1LD = backbone.embed_words(template, {WORD: word_D[None]})
-                example = token_loss(backbone, z0_1CHW, noise.to(z0_1CHW), t, text_1LD)
+                text = backbone.embed_words(template, {WORD: word_D[None]})
+                example = token_loss(backbone, z0_1CHW, noise.to(z0_1CHW), t, text)
                 # of the sum of squares: the gradient of the mean is nothing in the half precision of a model
                 (example * z0_1CHW.numel()).backward()
                 loss += float(example.detach()) / settings.batch
@@ -154,6 +154,8 @@ class LearnsToken(Generate):
 
     Methods with the same token settings share one artifact: what else a method does is not part of it.
     """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"words"})
 
     def prepared(self) -> Mapping[str, Any] | None:
         token: TokenSettings | None = self.config.token
@@ -202,29 +204,23 @@ class LearnsToken(Generate):
         word_D = order.artifact["word_D"].to(backbone.device)
         batch = len(order.z_BCHW)
         # the text of one row, repeated: every row gets the same bits
-        text_1LD = backbone.embed_words(prompt, {self.config.token.placeholder: word_D[None]})
-        negative_1LD = backbone.embed([""])
-        guidance = self.sampler().guidance
-        return [prompt] * batch, Condition(
-            text_1LD.expand(batch, -1, -1), negative_1LD.expand(batch, -1, -1), guidance
-        )
+        text = backbone.embed_words(prompt, {self.config.token.placeholder: word_D[None]}).expand(batch)
+        negative = backbone.embed([""]).expand(batch)
+        return [prompt] * batch, Condition(text, negative, self.sampler().guidance)
 
 
 @registry.method("textual_inversion")
 class TextualInversion(LearnsToken):
     """Images from seeds, of a word learned from the class's references."""
 
-    class Config(Settings):
+    class Config(SamplerSettings):
         method: Literal["textual_inversion"] = "textual_inversion"
         token: TokenSettings = TokenSettings()
         """How the word is learned."""
         steps: int = Field(50, ge=1)
-        """DDIM steps; 50 in Gal et al."""
+        """Sampler steps; 50 in Gal et al."""
         guidance: float = Field(7.5, ge=0)
         """Scale of classifier-free guidance; 7.5 in DA-Fusion. 1 is none."""
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.config.steps, self.config.guidance)
 
     def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
         with torch.no_grad():

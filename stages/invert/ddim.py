@@ -8,7 +8,7 @@ the destination, ε(z_low, t_high): the same timesteps are then visited as in sa
 not made at t = 0, which no sampler visits. A v-model is read as the ε-model that it stands for at that
 timestep, so both kinds of one denoiser give one seed.
 
-Departures: ᾱ before the first step is the schedule's own `final_alpha_cumprod`, not always ᾱ_0; the image is
+Departures: ᾱ before the first step is the one that the schedule ends at, not always ᾱ_0; the image is
 the VAE's posterior mean, not a sample, so that an image has one seed.
 
 Shape letters: B batch, C H W latent, h w image.
@@ -16,37 +16,38 @@ Shape letters: B batch, C H W latent, h w image.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages import registry
-from stages.contract import Backbone, Invert, Inverted, Sampler
+from stages.contract import Backbone, Invert, Inverted, Need, Sampler
 from stages.invert.measure import measured
 from stages.invert.settings import InvertSettings
-from stages.sampling import alphas, condition, ddim_step, denoise, predict_guided, timesteps, to_epsilon
+from stages.sampling import condition, ddim_step, denoise, path_of, predict_guided, to_epsilon
 
 
 def invert_ddim(
     backbone: Backbone, z0_BCHW: Float[Tensor, "B C H W"], prompt: str, sampler: Sampler
 ) -> Float[Tensor, "B C H W"]:
     """The sampler's steps walked backwards, each with ε frozen at the point it starts from."""
-    path = timesteps(backbone, sampler.steps)
-    levels = alphas(backbone, path)
+    path, prediction = path_of(backbone, sampler), backbone.schedule.prediction
     asked = condition(backbone, prompt, sampler.guidance, len(z0_BCHW))
     z_BCHW = z0_BCHW
     for k in reversed(range(sampler.steps)):
-        output_BCHW = predict_guided(backbone, z_BCHW, path[k], asked)
-        epsilon_BCHW = to_epsilon(z_BCHW, output_BCHW, levels[k], backbone.prediction_type)
-        z_BCHW = ddim_step(z_BCHW, epsilon_BCHW, levels[k + 1], levels[k], "epsilon")
+        output_BCHW = predict_guided(backbone, z_BCHW, path.times[k], asked)
+        epsilon_BCHW = to_epsilon(z_BCHW, output_BCHW, path.levels[k], prediction)
+        z_BCHW = ddim_step(z_BCHW, epsilon_BCHW, path.levels[k + 1], path.levels[k], "epsilon")
     return z_BCHW
 
 
 @registry.method("ddim")
 class DdimInversion(Invert):
     """Image → latent → seed, and back again to measure what was lost on the way."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"diffusion"})
 
     class Config(InvertSettings):
         method: Literal["ddim"] = "ddim"

@@ -1,10 +1,10 @@
 """Fixed-point inversion: every step of the sampler is undone exactly, by solving for where it began.
 
 The start of a step is the fixed point z = F(z) of the step walked backwards, F(z) = (z_low + sin Δ·v(z))/cos
-Δ (`stages.invert.rotation`), and is found by iteration: Pan et al. (AIDI), arXiv:2309.04907, also with
-Anderson's acceleration; Meiri et al., arXiv:2312.12540v1; Garibi et al. (ReNoise), arXiv:2403.14602. The
-sampler then draws the latent back to the tolerance, however few its steps: invert with the steps and the
-guidance that images are drawn with.
+Δ (`stages.invert.rotation`; a flow's latents are walked as a diffusion's), and is found by iteration: Pan et
+al. (AIDI), arXiv:2309.04907, also with Anderson's acceleration; Meiri et al., arXiv:2312.12540v1; Garibi et
+al. (ReNoise), arXiv:2403.14602. The sampler then draws the latent back to the tolerance, however few its
+steps: invert with the steps and the guidance that images are drawn with.
 
 What an iteration changes, |F(z) − z|, is (up to cos Δ) the distance by which the sampler's step from z misses
 z_low, so each iteration checks the one before. It need not fall, and a row ends with the best that is known:
@@ -41,9 +41,10 @@ from schemas.ids import random_stream, sha256
 from stages import registry
 from stages.contract import Backbone, Invert, Inverted, Sampler
 from stages.invert.measure import measured
-from stages.invert.rotation import angle, path_of, step_back, velocity, velocity_between
+from stages.invert.rotation import path_of, step_back, velocity, velocity_between
 from stages.invert.settings import InvertSettings
 from stages.sampling import denoise
+from stages.schedule import Level
 
 
 def fixed_point(
@@ -104,26 +105,29 @@ def invert_fixed_point(
     tolerance: float,
 ) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]:
     """The seeds from which the sampler draws z_0, and how often the model was asked for each row."""
-    path, levels = path_of(backbone, sampler.steps)
-    angles = [angle(alpha) for alpha in levels]
-    z_BCHW, v_BCHW = z0_BCHW, torch.zeros_like(z0_BCHW)
+    path = path_of(backbone, sampler)
+    y_BCHW, v_BCHW = z0_BCHW / path.levels[-1].scale, torch.zeros_like(z0_BCHW)
     rate_BCHW = torch.zeros_like(z0_BCHW)  # dv/dφ along the last step
     calls_B = torch.zeros(len(z0_BCHW), dtype=torch.int64, device=z0_BCHW.device)
-    for k in reversed(range(len(path))):
-        low, high, delta = levels[k + 1], levels[k], angles[k] - angles[k + 1]
+    for k in reversed(range(len(path.times))):
+        low, high = path.levels[k + 1], path.levels[k]
+        delta = high.angle - low.angle
 
-        def again(guess_BCHW: Tensor, k: int = k, z_BCHW: Tensor = z_BCHW) -> Tensor:
-            v_BCHW = velocity(backbone, guess_BCHW, path[k], levels[k], prompt, sampler.guidance)
-            return step_back(z_BCHW, v_BCHW, levels[k + 1], levels[k])
+        def again(
+            guess_BCHW: Tensor, k: int = k, y_BCHW: Tensor = y_BCHW, low: Level = low, high: Level = high
+        ) -> Tensor:
+            z_BCHW = high.scale * guess_BCHW
+            v_BCHW = velocity(backbone, z_BCHW, path.times[k], high, prompt, sampler.guidance)
+            return step_back(y_BCHW, v_BCHW, low, high)
 
-        guess_BCHW = step_back(z_BCHW, v_BCHW + delta * rate_BCHW, low, high)
+        guess_BCHW = step_back(y_BCHW, v_BCHW + delta * rate_BCHW, low, high)
         high_BCHW, asked_B = fixed_point(again, guess_BCHW, iterations, tolerance)
-        before_BCHW, v_BCHW = v_BCHW, velocity_between(z_BCHW, high_BCHW, low, high)
-        if k < len(path) - 1:  # two steps are needed to know a rate
+        before_BCHW, v_BCHW = v_BCHW, velocity_between(y_BCHW, high_BCHW, low, high)
+        if k < len(path.times) - 1:  # two steps are needed to know a rate
             rate_BCHW = (v_BCHW - before_BCHW) / delta
-        z_BCHW = high_BCHW
+        y_BCHW = high_BCHW
         calls_B += asked_B
-    return z_BCHW, calls_B
+    return path.levels[0].scale * y_BCHW, calls_B
 
 
 def noise_of(

@@ -6,8 +6,8 @@ h·v(z, t). FireFlow (Deng et al., arXiv:2412.07517) has the midpoint rule z + h
 is the velocity at the last midpoint instead of a new one at z: second order for one call a step, and one more
 in all.
 
-Departure: FireFlow's code counts t from data (0) to noise (1); here it runs as in the paper of rectified
-flow.
+Departures: FireFlow's code counts t from data (0) to noise (1); here it runs as in the paper of rectified
+flow, t = 1 − σ, at the times of the sampler that draws the images.
 
 Shape letters: B batch, C H W latent, h w image.
 """
@@ -16,31 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from schemas.errors import UserError
 from stages import registry
-from stages.contract import Backbone, Invert, Inverted
+from stages.contract import Backbone, Invert, Inverted, Need, Sampler
 from stages.invert.measure import measured
 from stages.invert.settings import InvertSettings
+from stages.sampling import condition, path_of, predict_guided
 
 Solver = Literal["euler", "midpoint"]
-
-
-@runtime_checkable
-class FlowBackbone(Protocol):
-    """What a flow-matching backbone has beside the rest of `Backbone`."""
-
-    def velocity(
-        self, z_BCHW: Float[Tensor, "B C H W"], t: float, prompt: str, guidance: float
-    ) -> Float[Tensor, "B C H W"]:
-        """dz/dt at t in [0, 1], from noise to data. The backbone guides: some take the scale as an input."""
-        ...
 
 
 def integrate(
@@ -65,23 +53,21 @@ def integrate(
 class Flow(Invert):
     """Noise of images under a flow-matching backbone, and back by the same solver to measure it."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"flow"})
+
     class Config(InvertSettings):
         method: Literal["flow"] = "flow"
         solver: Solver = "midpoint"
         """euler: first order; midpoint: FireFlow's, second order for one call more in all."""
 
     def __call__(self, backbone: Backbone, image_B3hw: Float[Tensor, "B 3 h w"], prompt: str) -> Inverted:
-        if not isinstance(backbone, FlowBackbone):
-            raise UserError(
-                f"invert method flow given, and a backbone of {backbone.prediction_type}; it needs a"
-                " flow-matching one: give such a backbone, or invert with fixed_point"
-            )
-        flow, config = backbone, self.config
+        config, sampler = self.config, Sampler(self.config.steps, self.config.guidance)
+        asked = condition(backbone, prompt, config.guidance, len(image_B3hw))
 
         def velocity(z_BCHW: Tensor, t: float) -> Tensor:
-            return flow.velocity(z_BCHW, t, prompt, config.guidance)
+            return -predict_guided(backbone, z_BCHW, (1 - t) * backbone.schedule.total, asked)
 
-        up = np.linspace(0, 1, config.steps + 1).tolist()
+        up = [1 - level.noise for level in path_of(backbone, sampler).levels]
         with torch.no_grad():
             z0_BCHW = backbone.encode(image_B3hw)
             z_BCHW = integrate(velocity, z0_BCHW, up[::-1], config.solver)

@@ -15,7 +15,7 @@ Shape letters: B batch, C H W latent, h w image.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from stages import registry
-from stages.contract import Backbone, Invert, Inverted, Sampler
+from stages.contract import Backbone, Invert, Inverted, Need, Sampler
 from stages.invert.measure import measured
 from stages.invert.settings import InvertSettings
-from stages.sampling import alphas, condition, ddim_step, denoise, predict_guided, timesteps, to_epsilon
+from stages.sampling import condition, ddim_step, denoise, path_of, predict_guided, to_epsilon
 
 SMALLEST = 8  # side of the last level of the pyramid
 
@@ -75,21 +75,22 @@ def invert_regularized(
     iterations: int,
 ) -> Float[Tensor, "B C H W"]:
     """The steps of `stages.invert.ddim`, each with its ε regularised."""
-    path = timesteps(backbone, sampler.steps)
-    levels = alphas(backbone, path)
+    path, prediction = path_of(backbone, sampler), backbone.schedule.prediction
     asked = condition(backbone, prompt, sampler.guidance, len(z0_BCHW))
     z_BCHW = z0_BCHW
     for k in reversed(range(sampler.steps)):
-        output_BCHW = predict_guided(backbone, z_BCHW, path[k], asked)
-        epsilon_BCHW = to_epsilon(z_BCHW, output_BCHW, levels[k], backbone.prediction_type)
+        output_BCHW = predict_guided(backbone, z_BCHW, path.times[k], asked)
+        epsilon_BCHW = to_epsilon(z_BCHW, output_BCHW, path.levels[k], prediction)
         epsilon_BCHW = regularize(epsilon_BCHW, autocorrelation, kl, iterations)
-        z_BCHW = ddim_step(z_BCHW, epsilon_BCHW, levels[k + 1], levels[k], "epsilon")
+        z_BCHW = ddim_step(z_BCHW, epsilon_BCHW, path.levels[k + 1], path.levels[k], "epsilon")
     return z_BCHW
 
 
 @registry.method("regularized")
 class RegularizedInversion(Invert):
     """DDIM inversion with every ε regularised."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"diffusion"})
 
     class Config(InvertSettings):
         method: Literal["regularized"] = "regularized"

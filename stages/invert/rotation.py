@@ -1,62 +1,71 @@
-"""DDIM steps as rotations: with cos φ = √ᾱ, z = cos φ·x0 + sin φ·ε turns at the rate v = dz/dφ.
+"""Sampler steps as rotations: with tan φ = s/a, y = z/√(a² + s²) = cos φ·x0 + sin φ·ε turns at v = dy/dφ.
 
-Salimans & Ho, arXiv:2202.00512, Appendix D: the sampler's step from φ_high down to φ_low is z_low = cos
-Δ·z_high − sin Δ·v(z_high) with Δ = φ_high − φ_low. Solved for z_high it divides by cos Δ and never by √ᾱ, so
-it also holds at the first step of a schedule that begins in pure noise (ᾱ = 0), where ε says nothing.
+Salimans & Ho, arXiv:2202.00512, Appendix D: the sampler's step from φ_high down to φ_low is y_low = cos
+Δ·y_high − sin Δ·v(y_high) with Δ = φ_high − φ_low. Solved for y_high it divides by cos Δ and never by a, so
+it also holds at the first step of a schedule that begins in pure noise (a = 0), where ε says nothing. Of a
+diffusion y is z; a rectified flow's steps become rotations too.
 
-Shape letters: B batch, C H W latent. ᾱ is `alpha`.
+Shape letters: B batch, C H W latent.
 """
 
 from __future__ import annotations
 
-from math import atan2, cos, sin
+from dataclasses import replace
+from math import cos, sin
 
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.contract import Backbone
-from stages.sampling import alphas, condition, predict_guided, timesteps
+from stages import sampling
+from stages.contract import Backbone, Sampler
+from stages.sampling import condition, predict_guided
+from stages.schedule import Level, Path
 
 
-def path_of(backbone: Backbone, steps: int) -> tuple[list[int], list[float]]:
-    """Timesteps of the sampler and ᾱ along its path, without a last step that leads nowhere.
+def path_of(backbone: Backbone, sampler: Sampler) -> Path:
+    """The sampler's path, without a last step that leads nowhere.
 
     There is one where the last timestep is 0 and the path ends at ᾱ_0.
     """
-    path = timesteps(backbone, steps)
-    levels = alphas(backbone, path)
-    return (path[:-1], levels[:-1]) if levels[-1] == levels[-2] else (path, levels)
-
-
-def angle(alpha: float) -> float:
-    """φ of a noise level: 0 without noise, π/2 for nothing else."""
-    return atan2((1 - alpha) ** 0.5, alpha**0.5)
+    path = sampling.path_of(backbone, sampler)
+    if path.levels[-1] != path.levels[-2]:
+        return path
+    return replace(path, times=path.times[:-1], levels=path.levels[:-1])
 
 
 def velocity(
-    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: int, alpha: float, prompt: str, guidance: float
+    backbone: Backbone,
+    z_BCHW: Float[Tensor, "B C H W"],
+    t: float,
+    level: Level,
+    prompt: str,
+    guidance: float,
 ) -> Float[Tensor, "B C H W"]:
-    """v = √ᾱ·ε − √(1−ᾱ)·x0 at timestep `t`, from a model of either kind."""
+    """v = cos φ·ε − sin φ·x0 at time `t`, from a model of any kind and its own latent z."""
     output_BCHW = predict_guided(backbone, z_BCHW, t, condition(backbone, prompt, guidance, len(z_BCHW)))
-    if backbone.prediction_type == "v_prediction":
-        return output_BCHW
-    return (output_BCHW - (1 - alpha) ** 0.5 * z_BCHW) / alpha**0.5
+    match backbone.schedule.prediction:
+        case "epsilon":
+            return (output_BCHW - level.noise * z_BCHW) / level.signal
+        case "v_prediction":
+            return output_BCHW
+        case "flow":
+            return (cos(level.angle) - sin(level.angle)) * z_BCHW + level.scale * output_BCHW
 
 
 def step_back(
-    z_BCHW: Float[Tensor, "B C H W"], v_BCHW: Float[Tensor, "B C H W"], alpha_low: float, alpha_high: float
+    y_BCHW: Float[Tensor, "B C H W"], v_BCHW: Float[Tensor, "B C H W"], low: Level, high: Level
 ) -> Float[Tensor, "B C H W"]:
-    """z_high from z_low (`z_BCHW`) and the v that the sampler finds at z_high."""
-    delta = angle(alpha_high) - angle(alpha_low)
-    return (z_BCHW + sin(delta) * v_BCHW) / cos(delta)
+    """y_high from y_low (`y_BCHW`) and the v that the sampler finds at y_high."""
+    delta = high.angle - low.angle
+    return (y_BCHW + sin(delta) * v_BCHW) / cos(delta)
 
 
 def velocity_between(
     low_BCHW: Float[Tensor, "B C H W"],
     high_BCHW: Float[Tensor, "B C H W"],
-    alpha_low: float,
-    alpha_high: float,
+    low: Level,
+    high: Level,
 ) -> Float[Tensor, "B C H W"]:
-    """The v with which the sampler steps from z_high to z_low."""
-    delta = angle(alpha_high) - angle(alpha_low)
+    """The v with which the sampler steps from y_high to y_low."""
+    delta = high.angle - low.angle
     return (cos(delta) * high_BCHW - low_BCHW) / sin(delta)

@@ -37,7 +37,8 @@ class ClipScore(Measure):
     class Config(Settings):
         method: Literal["clip_score"] = "clip_score"
         model: str = "tangram"
-        """CLIP model: tangram, local-dir:FOLDER, ARCHITECTURE/WEIGHTS. Scores of two do not compare."""
+        """CLIP model: tangram, a folder, hf-hub:owner/name, open_clip's ARCHITECTURE/WEIGHTS, or
+        package.module:Class. Scores of two do not compare."""
 
     def models(self) -> Mapping[str, str]:
         return {"clip": self.config.model}

@@ -8,8 +8,8 @@ of variables,
 and log |det| is the integral of the flow's divergence, estimated with fixed random probes v by
 E[vᵀ(∂ε/∂z)v] (Hutchinson).
 
-The flow is DDIM's (Song et al., arXiv:2010.02502, Eq. 14): with σ = √((1−ᾱ)/ᾱ) and y = z/√ᾱ it is dy/dσ = ε.
-Scaling is then outside the integral and exact,
+The flow is DDIM's (Song et al., arXiv:2010.02502, Eq. 14): with σ = √((1−ᾱ)/ᾱ) and y = z/√ᾱ it is dy/dσ = ε,
+and a rectified flow is the same with 1−t/T in place of √ᾱ. Scaling is then outside the integral and exact,
 
     log |det ∂z_T/∂z| = d/2·log(ᾱ_T/ᾱ_0) + ∫ tr(∂ε/∂y) dσ,   ∂ε/∂y = √ᾱ·∂ε/∂z,
 
@@ -32,7 +32,7 @@ Departures: fixed steps in place of an adaptive solver, so that the cost of an i
 rows of a batch do not depend on each other; Rademacher probes in place of Gaussian ones (smaller variance,
 none for a diagonal Jacobian), the same for all images, so that images compare.
 
-Shape letters: B images, P probes, C H W latent (d numbers), L D text, h w image.
+Shape letters: B images, P probes, C H W latent (d numbers), h w image.
 """
 
 from __future__ import annotations
@@ -52,27 +52,28 @@ from schemas.errors import UserError
 from schemas.ids import random_stream
 from schemas.settings import Settings
 from stages import registry
-from stages.contract import Backbone, Measure, Models, Question
+from stages.contract import Backbone, Measure, Models, Question, Text
 from stages.sampling import to_epsilon
-
-
-def noise_levels(backbone: Backbone) -> np.ndarray:
-    """σ = √((1−ᾱ)/ᾱ) of every training timestep."""
-    alpha = backbone.alphas_cumprod.double().cpu().numpy()
-    return np.sqrt((1 - alpha) / alpha)
+from stages.schedule import Level
 
 
 def grid(backbone: Backbone, steps: int) -> list[int]:
     """`steps` + 1 timesteps from the first to the last, about evenly in log σ; none stands twice."""
-    level = np.log(noise_levels(backbone))
+    ladder = backbone.schedule.ladder
+    level = np.log([sigma_of(backbone.schedule.level(t)) for t in ladder])
     last = len(level) - 1
     if not 1 <= steps <= last:
         raise UserError(f"likelihood: {steps} steps given; this backbone has 1 to {last}")
-    times = [0]
+    places = [0]
     for k, wanted in enumerate(np.linspace(level[0], level[-1], steps + 1)[1:], start=1):
         nearest = int(np.abs(level - wanted).argmin())
-        times.append(min(max(nearest, times[-1] + 1), last - (steps - k)))
-    return times
+        places.append(min(max(nearest, places[-1] + 1), last - (steps - k)))
+    return [ladder[place] for place in places]
+
+
+def sigma_of(level: Level) -> float:
+    """σ = s/a, which is √((1−ᾱ)/ᾱ) of a diffusion."""
+    return level.noise / level.signal
 
 
 def probes(count: int, shape: tuple[int, int, int]) -> Float[Tensor, "P C H W"]:
@@ -85,13 +86,13 @@ def epsilon_and_trace(
     backbone: Backbone,
     z_BCHW: Float[Tensor, "B C H W"],
     t: int,
-    text_BLD: Float[Tensor, "B L D"],
+    text: Text,
     probe_PCHW: Float[Tensor, "P C H W"],
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, " B"]]:
     """ε at timestep t, and for each row the mean of vᵀ(∂ε/∂z)v over the probes v."""
     with torch.enable_grad():
         z_BCHW = z_BCHW.detach().requires_grad_()
-        epsilon_BCHW = _epsilon(backbone, z_BCHW, t, text_BLD)
+        epsilon_BCHW = _epsilon(backbone, z_BCHW, t, text)
         trace_B = torch.zeros(len(z_BCHW), dtype=torch.float64, device=z_BCHW.device)
         for number, probe_CHW in enumerate(probe_PCHW, start=1):
             # rows do not mix, so one product gives each row its own
@@ -105,37 +106,38 @@ def epsilon_and_trace(
     return epsilon_BCHW.detach(), trace_B / len(probe_PCHW)
 
 
-def _epsilon(backbone: Backbone, z_BCHW: Tensor, t: int, text_BLD: Tensor) -> Tensor:
-    output_BCHW = backbone.predict(z_BCHW, t, text_BLD)
-    return to_epsilon(z_BCHW, output_BCHW, float(backbone.alphas_cumprod[t]), backbone.prediction_type)
+def _epsilon(backbone: Backbone, z_BCHW: Tensor, t: int, text: Text) -> Tensor:
+    schedule = backbone.schedule
+    return to_epsilon(z_BCHW, backbone.predict(z_BCHW, t, text), schedule.level(t), schedule.prediction)
 
 
 def log_likelihood(
     backbone: Backbone,
     z_BCHW: Float[Tensor, "B C H W"],
-    text_BLD: Float[Tensor, "B L D"],
+    text: Text,
     steps: int,
     probe_PCHW: Float[Tensor, "P C H W"],
 ) -> Float[Tensor, " B"]:
-    """log p(z) of each row in nats, in float64, for latents at the noise level of timestep 0."""
-    times, sigma = grid(backbone, steps), noise_levels(backbone)
-    root = [float(alpha) ** 0.5 for alpha in backbone.alphas_cumprod]  # √ᾱ
-    y_BCHW = z_BCHW.double() / root[0]
-    slope_BCHW, trace_B = epsilon_and_trace(backbone, root[0] * y_BCHW, 0, text_BLD, probe_PCHW)
-    density_B = sigma[0] * root[0] * trace_B  # d log|det| / d log σ
+    """log p(z) of each row in nats, in float64, for latents at the noise level of the first timestep."""
+    times = grid(backbone, steps)
+    levels = [backbone.schedule.level(t) for t in times]
+    first, last = levels[0], levels[-1]
+    y_BCHW = z_BCHW.double() / first.signal
+    slope_BCHW, trace_B = epsilon_and_trace(backbone, first.signal * y_BCHW, times[0], text, probe_PCHW)
+    density_B = first.noise * trace_B  # d log|det| / d log σ
     log_det_B = torch.zeros_like(density_B)
-    for start, end in pairwise(times):
-        h = sigma[end] - sigma[start]
+    for (start, _), (end, t) in pairwise(zip(levels, times, strict=True)):
+        h = sigma_of(end) - sigma_of(start)
         with torch.no_grad():
-            ahead_BCHW = _epsilon(backbone, root[end] * (y_BCHW + h * slope_BCHW), end, text_BLD)
+            ahead_BCHW = _epsilon(backbone, end.signal * (y_BCHW + h * slope_BCHW), t, text)
         y_BCHW = y_BCHW + h / 2 * (slope_BCHW + ahead_BCHW)
         before_B = density_B
-        slope_BCHW, trace_B = epsilon_and_trace(backbone, root[end] * y_BCHW, end, text_BLD, probe_PCHW)
-        density_B = sigma[end] * root[end] * trace_B
-        log_det_B = log_det_B + math.log(sigma[end] / sigma[start]) / 2 * (before_B + density_B)
-    noise_BCHW, d = root[-1] * y_BCHW, z_BCHW[0].numel()
+        slope_BCHW, trace_B = epsilon_and_trace(backbone, end.signal * y_BCHW, t, text, probe_PCHW)
+        density_B = end.noise * trace_B
+        log_det_B = log_det_B + math.log(sigma_of(end) / sigma_of(start)) / 2 * (before_B + density_B)
+    noise_BCHW, d = last.signal * y_BCHW, z_BCHW[0].numel()
     log_prior_B = -(noise_BCHW.square().sum(dim=(1, 2, 3)) + d * math.log(2 * math.pi)) / 2
-    return log_prior_B + d * math.log(root[-1] / root[0]) + log_det_B
+    return log_prior_B + d * math.log(last.signal / first.signal) + log_det_B
 
 
 @registry.method("likelihood")
@@ -166,7 +168,7 @@ class Likelihood(Measure):
         prompt = question.prompt if config.prompt == "class" else ""
         with torch.no_grad():
             z_BCHW = backbone.encode(image_B3hw.to(backbone.device))
-            text_BLD = backbone.embed([prompt]).expand(len(z_BCHW), -1, -1)
+            text = backbone.embed([prompt]).expand(len(z_BCHW))
         probe_PCHW = probes(config.probes, backbone.latent_shape).to(z_BCHW.device)
-        log_p_B = log_likelihood(backbone, z_BCHW, text_BLD, config.steps, probe_PCHW)
+        log_p_B = log_likelihood(backbone, z_BCHW, text, config.steps, probe_PCHW)
         return {"log2p_per_dim": (log_p_B / (math.log(2) * z_BCHW[0].numel())).tolist()}

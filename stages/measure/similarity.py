@@ -42,7 +42,8 @@ class Similarity(Measure):
     class Config(Settings):
         method: Literal["similarity"] = "similarity"
         model: str = "tangram"
-        """CLIP model: tangram, local-dir:FOLDER, ARCHITECTURE/WEIGHTS."""
+        """CLIP model: tangram, a folder, hf-hub:owner/name, open_clip's ARCHITECTURE/WEIGHTS, or
+        package.module:Class."""
 
     def models(self) -> Mapping[str, str]:
         return {"clip": self.config.model}

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from stages.contract import Backbone, ClipModel, Sampler
 from stages.refine.views import ITSELF, View
-from stages.sampling import Condition, alphas, ddim_step, denoise, predict_guided, timesteps, to_x0
+from stages.sampling import Condition, ddim_step, denoise, path_of, predict_guided, to_x0
 
 OMEGA = (0.05, 0.25, 0.7)  # weights of the last three latents
 
@@ -85,16 +85,16 @@ def predicted(
     checkpoint: bool = True,
 ) -> Float[Tensor, "B C H W"]:
     """x̂0 at the last of `calls` timesteps, evenly spread over the sampler's path from its beginning."""
-    path = timesteps(backbone, sampler.steps)
-    levels, kind = alphas(backbone, path), backbone.prediction_type
+    path, kind = path_of(backbone, sampler), backbone.schedule.prediction
+    z_BCHW = path.start * z_BCHW
     places = [call * sampler.steps // calls for call in range(calls)]
     for place, following in zip(places, [*places[1:], None], strict=True):
 
         def step(z_BCHW: Tensor, place: int = place, following: int | None = following) -> Tensor:
-            output_BCHW = predict_guided(backbone, z_BCHW, path[place], asked)
+            output_BCHW = predict_guided(backbone, z_BCHW, path.times[place], asked)
             if following is None:
-                return to_x0(z_BCHW, output_BCHW, levels[place], kind)
-            return ddim_step(z_BCHW, output_BCHW, levels[place], levels[following], kind)
+                return to_x0(z_BCHW, output_BCHW, path.levels[place], kind)
+            return ddim_step(z_BCHW, output_BCHW, path.levels[place], path.levels[following], kind)
 
         z_BCHW = recompute(step, z_BCHW, use_reentrant=False) if checkpoint else step(z_BCHW)
     return z_BCHW

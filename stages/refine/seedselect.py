@@ -101,7 +101,8 @@ class SeedSelect(Refine):
     class Config(Settings):
         method: Literal["seedselect"] = "seedselect"
         clip: str = "tangram"
-        """CLIP model of the semantic loss: tangram, local-dir:FOLDER, ARCHITECTURE/WEIGHTS."""
+        """CLIP model of the semantic loss: tangram, a folder, hf-hub:owner/name, open_clip's
+        ARCHITECTURE/WEIGHTS, or package.module:Class."""
         iterations: int = Field(5, ge=1)
         """Gradient steps, at most: 5 in NAO, 30 in SeedSelect."""
         lr: float = Field(0.05, gt=0)

@@ -38,7 +38,8 @@ class Recognised(Settings):
     """
 
     classifier: str
-    """Classifier: tangram, or a folder with config.json and model.safetensors in timm's layout."""
+    """Classifier: tangram, a folder of timm's, transformers' or our layout, timm:NAME, hf-hub:owner/name, or
+    package.module:Class."""
     probability: float = Field(0.5, gt=0, le=1)
     """Least probability of the target class; 0.5 as in the classifier filter."""
 

@@ -26,7 +26,7 @@ def test_calls_are_those_of_the_longest_ratio_or_of_all(facts):
 
 
 def test_the_command_prints_figures_and_machine(load_tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr("stages.backbones.latent_diffusion.load_backbone", lambda *_: load_tiny())
+    monkeypatch.setattr("stages.backbones.diffusion.load.load_backbone", lambda *_: load_tiny())
     app = Typer()
     app.command()(benchmark.genie)
     out = tmp_path / "new" / "genie.json"

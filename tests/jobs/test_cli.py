@@ -265,7 +265,7 @@ def test_a_plan_costs_nothing(seedloom, tmp_path, drawings, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr("stages.backbones.latent_diffusion.load_backbone", refuse)
+    monkeypatch.setattr("stages.backbones.diffusion.load.load_backbone", refuse)
     monkeypatch.setattr("stages.backbones.models.load_clip", refuse)
     monkeypatch.setattr("stages.backbones.models.load_classifier", refuse)
     path = make_config(tmp_path, drawings, filter=["clip", "classifier"])

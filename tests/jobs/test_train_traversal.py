@@ -12,7 +12,8 @@ import jobs.tangram.training as training
 from jobs.train_traversal import HELD, Pairs, _chunks, describe, fit_network, measure, split, train_traversal
 from schemas.errors import UserError
 from schemas.ids import sha256
-from stages.backbones.latent_diffusion import BackboneSettings, backbone_fingerprint
+from stages.backbones.diffusion.folder import backbone_fingerprint
+from stages.backbones.diffusion.settings import BackboneSettings
 from stages.combine.direction import grey
 from stages.combine.traversal import from_bytes
 from stages.contract import Sampler

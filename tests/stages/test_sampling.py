@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from schemas.errors import UserError
 from stages.contract import Sampler
-from stages.sampling import alphas, ddim_step, denoise, timesteps, to_epsilon, to_x0
+from stages.sampling import ddim_step, denoise, output_of, to_epsilon, to_x0
+from stages.schedule import Level
+from tests.levels import at
 
 SCHEDULES = [
     {"prediction_type": prediction, "timestep_spacing": spacing}
@@ -24,13 +26,13 @@ def test_timesteps_are_those_of_diffusers(tiny_pipeline, gaussian_backbone, spac
         tiny_pipeline.scheduler.config, timestep_spacing=spacing
     )
     scheduler.set_timesteps(steps)
-    assert timesteps(gaussian_backbone(spacing=spacing), steps) == scheduler.timesteps.tolist()
+    assert list(gaussian_backbone(spacing=spacing).schedule.path(steps).times) == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("steps", [0, 1001, 1000])
 def test_too_few_or_too_many_steps_are_the_users_mistake(gaussian_backbone, steps):
     with pytest.raises(UserError, match=f"{steps} sampling steps given"):
-        timesteps(gaussian_backbone(spacing="leading"), steps)
+        gaussian_backbone(spacing="leading").schedule.path(steps)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(s.values()))
@@ -59,14 +61,14 @@ def test_denoise_is_the_diffusers_pipeline(load_tiny, tiny_pipeline, schedule, g
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_sampling_converges_to_the_exact_flow_at_first_order(gaussian_backbone, prediction, spacing):
     backbone = gaussian_backbone(prediction, spacing)
     seeds_BCHW = torch.randn(3, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def error(steps):
-        levels = alphas(backbone, timesteps(backbone, steps))
+        levels = backbone.schedule.path(steps).levels
         exact = backbone.transport(seeds_BCHW, levels[0], levels[-1], "star")
         return (denoise(backbone, seeds_BCHW, "star", Sampler(steps, 1.0)) - exact).norm().item()
 
@@ -101,16 +103,23 @@ def test_guidance_extrapolates_from_the_empty_prompt(gaussian_backbone):
     torch.testing.assert_close(guided, longer, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@given(alpha=st.floats(1e-3, 0.999), seed=st.integers(0, 99))
-def test_conversions_split_a_latent_into_image_and_noise(prediction, alpha, seed):
+LEVELS = {
+    "epsilon": at,
+    "v_prediction": at,
+    "flow": lambda sigma: Level(1 - sigma, sigma),
+}
+
+
+@pytest.mark.parametrize("prediction", LEVELS)
+@given(number=st.floats(1e-3, 0.999), seed=st.integers(0, 99))
+def test_conversions_split_a_latent_into_image_and_noise(prediction, number, seed):
+    level = LEVELS[prediction](number)
     z, output = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    x0, epsilon = to_x0(z, output, alpha, prediction), to_epsilon(z, output, alpha, prediction)
-    torch.testing.assert_close(alpha**0.5 * x0 + (1 - alpha) ** 0.5 * epsilon, z)
-    torch.testing.assert_close(ddim_step(z, output, alpha, alpha, prediction), z)
-    torch.testing.assert_close(ddim_step(z, output, alpha, 1.0, prediction), x0)
-    if prediction == "v_prediction":
-        torch.testing.assert_close(alpha**0.5 * epsilon - (1 - alpha) ** 0.5 * x0, output)
+    x0, epsilon = to_x0(z, output, level, prediction), to_epsilon(z, output, level, prediction)
+    torch.testing.assert_close(level.signal * x0 + level.noise * epsilon, z)
+    torch.testing.assert_close(output_of(x0, epsilon, level, prediction), output)
+    torch.testing.assert_close(ddim_step(z, output, level, level, prediction), z)
+    torch.testing.assert_close(ddim_step(z, output, level, Level(1.0, 0.0), prediction), x0)
 
 
 def test_callback_sees_the_latents_after_each_step(gaussian_backbone):

@@ -109,7 +109,7 @@ def test_its_identity_is_its_files(blip_folder, tmp_path):
     [
         (lambda folder: (folder / "config.json").unlink(), "lacks config.json"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "model.bin"), r"no \*.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"?"), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"?"), "is not a whole safetensors"),
     ],
 )
 def test_a_folder_that_is_no_captioner_is_the_users_mistake(blip_folder, tmp_path, damage, said):

@@ -195,7 +195,7 @@ def test_what_is_no_extractor_is_refused_in_one_line_before_anything_is_loaded(m
 
 def test_a_folder_that_lacks_something_is_refused(models, folder):
     headless(folder)
-    with pytest.raises(UserError, match="lacks 'classes'"):
+    with pytest.raises(UserError, match="has no list of classes"):
         models.classifier(str(folder))
     (folder / "config.json").write_text("{}")
     for ask in (models.extractor, models.feature_size):

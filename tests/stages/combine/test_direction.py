@@ -293,7 +293,7 @@ def test_on_a_model_that_is_solved_exactly_the_edit_of_some_is_the_edit_of_anoth
 ):
     """Its inversion is affine, so pictures that are equal under the box are all moved by one offset."""
     backbone = gaussian_backbone(prediction_type, deviation=1.0, mean=0.0)
-    start, end = backbone.final_alpha_cumprod, float(backbone.alphas_cumprod[-1])
+    start, end = (backbone.schedule.level(t) for t in (0, 999))
 
     def invert(image_N3hw):
         return backbone.transport(backbone.encode(image_N3hw), start, end)

@@ -29,9 +29,9 @@ def asked(tangram, monkeypatch):
     texts: list[torch.Tensor] = []
     predict = tangram.predict
 
-    def watched(z_BCHW, t, text_BLD):
-        texts.append(text_BLD)
-        return predict(z_BCHW, t, text_BLD)
+    def watched(z_BCHW, t, text):
+        texts.append(text.tokens_BLD)
+        return predict(z_BCHW, t, text)
 
     monkeypatch.setattr(tangram, "predict", watched)
     return texts
@@ -46,7 +46,7 @@ def test_the_schedule(t, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_rescaled_condition_keeps_mean_and_deviation(tangram, share):
-    text_BLD = tangram.embed(["a red star", "a ring"])
+    text_BLD = tangram.embed(["a red star", "a ring"]).tokens_BLD
     noised_BLD = anneal(text_BLD, noise(*text_BLD.shape), share, 0.25, 1.0)
     assert (noised_BLD - text_BLD).abs().max() > 0.01
     for noised_LD, text_LD in zip(noised_BLD, text_BLD, strict=True):
@@ -55,7 +55,7 @@ def test_a_rescaled_condition_keeps_mean_and_deviation(tangram, share):
 
 
 def test_without_rescaling_condition_and_noise_add_up_and_psi_mixes(tangram):
-    text_BLD = tangram.embed(["a red star"])
+    text_BLD = tangram.embed(["a red star"]).tokens_BLD
     noise_BLD = noise(*text_BLD.shape)
     plain, half, whole = (anneal(text_BLD, noise_BLD, 0.36, 0.5, psi) for psi in (0.0, 0.5, 1.0))
     torch.testing.assert_close(plain, 0.6 * text_BLD + 0.5 * 0.8 * noise_BLD)
@@ -66,7 +66,7 @@ def test_without_rescaling_condition_and_noise_add_up_and_psi_mixes(tangram):
 def test_noise_is_fresh_in_every_step_until_the_condition_is_clean(tangram, models, asked):
     order = Order("a red star", noise(2, *tangram.latent_shape), chances=chances(0, 1))
     drawn(tangram, models, order, steps=10)
-    negative_BLD, text_BLD = tangram.embed([""] * 2), tangram.embed(["a red star"] * 2)
+    negative_BLD, text_BLD = (tangram.embed([p] * 2).tokens_BLD for p in ("", "a red star"))
     assert len(asked) == 10
     for k, both in enumerate(asked):
         assert torch.equal(both[:2], negative_BLD)

@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from schemas.errors import UserError
-from stages.backbones.latent_diffusion import BackboneFacts, BackboneSettings
+from stages.backbones.diffusion.load import BackboneFacts
+from stages.backbones.diffusion.settings import BackboneSettings
 from stages.contract import DUMMY, Chance, Order
 from stages.generate.da_fusion import DaFusion
 from stages.generate.image_to_image import ImageToImage

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from schemas.errors import UserError
-from stages.backbones.latent_diffusion import BackboneFacts, BackboneSettings
+from stages.backbones.diffusion.load import BackboneFacts
+from stages.backbones.diffusion.settings import BackboneSettings
 from stages.contract import DUMMY, Material, Order
 from stages.generate.genie import Genie
 from stages.generate.genie_ada import GenieAda, choose, trajectory
@@ -138,9 +139,9 @@ class Recorder:
         self.encoded.append(len(image_B3hw))
         return self._backbone.encode(image_B3hw)
 
-    def predict(self, z_BCHW, t, text_BLD):
+    def predict(self, z_BCHW, t, text):
         self.predicted.append(len(z_BCHW))
-        return self._backbone.predict(z_BCHW, t, text_BLD)
+        return self._backbone.predict(z_BCHW, t, text)
 
 
 def test_a_source_is_encoded_once_and_its_ratios_share_their_calls(load_tiny, models):

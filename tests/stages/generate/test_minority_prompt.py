@@ -8,7 +8,7 @@ from pipeline.build import resolve
 from pipeline.config import load
 from schemas.errors import UserError
 from stages.backbones import files
-from stages.contract import Chance, Order
+from stages.contract import Chance, Order, Text
 from stages.generate.minority_prompt import (
     MinorityPrompt,
     diversity_objective,
@@ -17,6 +17,7 @@ from stages.generate.minority_prompt import (
 )
 from stages.generate.text_to_image import TextToImage
 from stages.sampling import add_noise, to_epsilon
+from tests.levels import at
 from tests.small_build import make_config, noise_recipe
 
 
@@ -47,15 +48,15 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self._backbone, name)
 
-    def predict(self, z_BCHW, t, text_BLD):
+    def predict(self, z_BCHW, t, text):
         self.timesteps.append(t)
-        self.texts.append(text_BLD.detach())
-        return self._backbone.predict(z_BCHW, t, text_BLD)
+        self.texts.append(text.tokens_BLD.detach())
+        return self._backbone.predict(z_BCHW, t, text)
 
     def embed_words(self, prompt, words):
-        text_BLD = self._backbone.embed_words(prompt, words)
-        self.learned.append(text_BLD.detach())
-        return text_BLD
+        text = self._backbone.embed_words(prompt, words)
+        self.learned.append(text.map(torch.Tensor.detach))
+        return text
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def toy(gaussian_backbone):
     backbone = gaussian_backbone()
     a, b = doubles(3, 3, seed=1), doubles(3, 2, seed=2)
 
-    def predict(z_BCHW, t, text_BLD):
-        return (z_BCHW[:, :, 0, 0] @ a.T + text_BLD[:, 0] @ b.T).tanh()[:, :, None, None]
+    def predict(z_BCHW, t, text):
+        return (z_BCHW[:, :, 0, 0] @ a.T + text.tokens_BLD[:, 0] @ b.T).tanh()[:, :, None, None]
 
     backbone.predict = predict
     return backbone
@@ -73,10 +74,10 @@ def toy(gaussian_backbone):
 
 def eq_7(backbone, z_BCHW, t, learned_BLD, second_BLD, noise_BCHW, s):
     """Eq. 7 with nothing stopped, written out for an ε-model."""
-    a, b = (float(backbone.alphas_cumprod[k]) for k in (t, s))
-    first = (z_BCHW - (1 - a) ** 0.5 * backbone.predict(z_BCHW, t, learned_BLD)) / a**0.5
+    a, b = (float(backbone.schedule.alphas_cumprod[k]) for k in (t, s))
+    first = (z_BCHW - (1 - a) ** 0.5 * backbone.predict(z_BCHW, t, Text(learned_BLD))) / a**0.5
     noised = b**0.5 * first + (1 - b) ** 0.5 * noise_BCHW
-    second = (noised - (1 - b) ** 0.5 * backbone.predict(noised, s, second_BLD)) / b**0.5
+    second = (noised - (1 - b) ** 0.5 * backbone.predict(noised, s, Text(second_BLD))) / b**0.5
     return (first - second).square().sum()
 
 
@@ -89,7 +90,9 @@ def test_with_lambda_1_the_gradient_is_that_of_eq_7(toy):
 
     def ours(lambda_):
         return gradient(
-            minority_objective(toy, z_BCHW, 300, learned_BLD, base_BLD, noise_BCHW, 200, lambda_).sum()
+            minority_objective(
+                toy, z_BCHW, 300, Text(learned_BLD), Text(base_BLD), noise_BCHW, 200, lambda_
+            ).sum()
         )
 
     whole = gradient(eq_7(toy, z_BCHW, 300, learned_BLD, base_BLD, noise_BCHW, 200))
@@ -103,14 +106,14 @@ def test_with_lambda_1_the_gradient_is_that_of_eq_7(toy):
 def test_proposition_1_the_objective_is_the_error_of_the_model(gaussian_backbone, prediction_type):
     backbone, s = gaussian_backbone(prediction_type), 600
     z_BCHW, noise_BCHW = doubles(2, 4, 4, 4), doubles(2, 4, 4, 4, seed=1)
-    learned_BLD, base_BLD = backbone.embed(["a red star"] * 2), backbone.embed(["star"] * 2)
-    value_B = minority_objective(backbone, z_BCHW, 900, learned_BLD, base_BLD, noise_BCHW, s, 0.0)
+    learned, base = backbone.embed(["a red star"] * 2), backbone.embed(["star"] * 2)
+    value_B = minority_objective(backbone, z_BCHW, 900, learned, base, noise_BCHW, s, 0.0)
 
-    a, b = (float(backbone.alphas_cumprod[t]) for t in (900, s))
-    clean_BCHW = gaussian_backbone("v_prediction").predict(z_BCHW, 900, learned_BLD)
-    noised_BCHW = add_noise(a**0.5 * z_BCHW - (1 - a) ** 0.5 * clean_BCHW, noise_BCHW, b)
-    output_BCHW = backbone.predict(noised_BCHW, s, base_BLD)
-    error_BCHW = noise_BCHW - to_epsilon(noised_BCHW, output_BCHW, b, prediction_type)
+    a, b = (float(backbone.schedule.alphas_cumprod[t]) for t in (900, s))
+    clean_BCHW = gaussian_backbone("v_prediction").predict(z_BCHW, 900, learned)
+    noised_BCHW = add_noise(a**0.5 * z_BCHW - (1 - a) ** 0.5 * clean_BCHW, noise_BCHW, at(b))
+    output_BCHW = backbone.predict(noised_BCHW, s, base)
+    error_BCHW = noise_BCHW - to_epsilon(noised_BCHW, output_BCHW, at(b), prediction_type)
     torch.testing.assert_close(b / (1 - b) * value_B, error_BCHW.square().sum(dim=(1, 2, 3)))
 
 
@@ -150,7 +153,7 @@ def test_adam_starts_anew_at_every_timestep_and_the_word_goes_on(gaussian_backbo
     """Adam's first step is the learning rate, whatever the gradient."""
     backbone = Watched(gaussian_backbone())
     drawn(backbone, models, order(backbone, 0, 1), steps=5, above=0.0, iterations=1, lr=0.5)
-    value_kB = torch.stack(backbone.learned)[:, :, 0, 0]
+    value_kB = torch.stack([text.tokens_BLD for text in backbone.learned])[:, :, 0, 0]
     assert len(value_kB) == 10  # before and after the one update of each step
     torch.testing.assert_close(
         (value_kB[1::2] - value_kB[::2]).abs(), torch.full((5, 2), 0.5).double(), rtol=0, atol=1e-5
@@ -170,33 +173,33 @@ def test_the_expected_objective_rises(tangram, models):
     """On noise that the words were not learned with."""
     backbone, what = Watched(tangram), order(tangram, 0, 1)
     drawn(backbone, models, what, steps=1, iterations=5, start="blue")
-    base_BLD = tangram.embed(["a red star"] * 2)
+    base = tangram.embed(["a red star"] * 2)
     with torch.no_grad():
         before, after = (
             sum(
                 minority_objective(
-                    tangram, what.z_BCHW, 999, text_BLD, base_BLD,
+                    tangram, what.z_BCHW, 999, text, base,
                     noise(2, *tangram.latent_shape, seed=seed), 750, 1.0,
                 )
                 for seed in range(100, 104)
             )
-            for text_BLD in (backbone.learned[0], backbone.learned[-1])
+            for text in (backbone.learned[0], backbone.learned[-1])
         )  # fmt: skip
     assert (after > 1.05 * before).all()
 
 
 def test_only_the_word_changes(tangram, models):
-    table_VD = tangram._text_encoder.get_input_embeddings().weight
-    kept_VD, base_BLD = table_VD.detach().clone(), tangram.embed(["a red star"]).clone()
+    table_VD = tangram._encoders[0].model.get_input_embeddings().weight
+    kept_VD, base_BLD = table_VD.detach().clone(), tangram.embed(["a red star"]).tokens_BLD.clone()
     backbone = Watched(tangram)
     drawn(backbone, models, order(tangram, 0, 1), steps=1, iterations=2, start="blue", tokens=2)
-    started, learned = backbone.learned[0], backbone.learned[-1]
-    words = tangram.embed(["a red star blue blue"]).expand(2, -1, -1)
+    started, learned = (backbone.learned[n].tokens_BLD for n in (0, -1))
+    words = tangram.embed(["a red star blue blue"]).expand(2).tokens_BLD
     torch.testing.assert_close(started, words)
     torch.testing.assert_close(learned[:, :4], base_BLD.expand(2, -1, -1)[:, :4])  # start, a, red, star
     assert ((learned - started)[:, 4:6].abs().amax(dim=2) > 1e-3).all()
     assert torch.equal(table_VD, kept_VD)
-    assert torch.equal(tangram._embed_uncached("a red star"), base_BLD)
+    assert torch.equal(tangram._embed_uncached("a red star").tokens_BLD, base_BLD)
     assert table_VD.grad is None
 
 
@@ -221,10 +224,10 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone, models):
 def test_diversity_is_the_spread_of_the_batch(gaussian_backbone):
     """Σ_i mean_{j≠i} ‖x_i − x_j‖² = 2B/(B−1)·Σ_i ‖x_i − x̄‖²."""
     backbone = gaussian_backbone()
-    z_BCHW, text_BLD = doubles(4, 4, 4, 4), backbone.embed(["star"] * 4)
-    value_B = diversity_objective(backbone, z_BCHW, 500, text_BLD)
-    a = float(backbone.alphas_cumprod[500])
-    epsilon = backbone.predict(z_BCHW, 500, text_BLD)
+    z_BCHW, text = doubles(4, 4, 4, 4), backbone.embed(["star"] * 4)
+    value_B = diversity_objective(backbone, z_BCHW, 500, text)
+    a = float(backbone.schedule.alphas_cumprod[500])
+    epsilon = backbone.predict(z_BCHW, 500, text)
     x0_BM = ((z_BCHW - (1 - a) ** 0.5 * epsilon) / a**0.5).flatten(1)
     spread = (x0_BM - x0_BM.mean(dim=0)).square().sum()
     torch.testing.assert_close(value_B.sum(), 8 / 3 * spread)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from schemas.errors import UserError
-from stages.backbones.latent_diffusion import BackboneFacts, BackboneSettings
+from stages.backbones.diffusion.load import BackboneFacts
+from stages.backbones.diffusion.settings import BackboneSettings
 from stages.contract import Order, Sampler
 from stages.generate.genie import Genie
 from stages.generate.image_to_image import ImageToImage
 from stages.generate.redraw import redraw, redraw_rows
 from stages.generate.text_to_image import TextToImage
-from stages.sampling import condition, steps_of, timesteps
+from stages.sampling import condition, steps_of
 
 RATIOS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -41,9 +42,9 @@ class Recorder:
     def embed_words(self, prompt, words):
         raise NotImplementedError
 
-    def predict(self, z_BCHW, t, text_BLD):
+    def predict(self, z_BCHW, t, text):
         self.asked.append((t, len(z_BCHW)))
-        return self._backbone.predict(z_BCHW, t, text_BLD)
+        return self._backbone.predict(z_BCHW, t, text)
 
 
 def redrawn(backbone, ratios, guidance=1.0, batch=2, steps=50, seed=0):
@@ -64,17 +65,17 @@ def test_each_ratio_starts_at_its_timestep(gaussian_backbone):
     assert list(first.values()) == [299, 499, 599, 699, 799, 899, 999]
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_what_comes_back_is_the_exact_flow_from_the_noised_image(gaussian_backbone, kind):
     """Its error shrinks with the steps, in first order: DDIM is Euler's method."""
     errors = []
     for steps in (50, 100, 200):
         backbone = gaussian_backbone(kind)
         (z,), z0, n = redrawn(backbone, [0.6], steps=steps)
-        path = timesteps(backbone, steps)
-        start = float(backbone.alphas_cumprod[path[steps - steps_of(0.6, steps)]])
-        noised = start**0.5 * z0 + (1 - start) ** 0.5 * n
-        exact = backbone.transport(noised, start, backbone.final_alpha_cumprod, "a fox")
+        levels = backbone.schedule.path(steps).levels
+        start = levels[steps - steps_of(0.6, steps)]
+        noised = start.signal * z0 + start.noise * n
+        exact = backbone.transport(noised, start, levels[-1], "a fox")
         errors.append(float((z - exact).abs().max()))
     assert errors[1] < 0.6 * errors[0]
     assert errors[2] < 0.6 * errors[1]

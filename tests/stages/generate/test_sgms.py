@@ -9,6 +9,7 @@ from stages.generate.noise import row_noise
 from stages.generate.sgms import Sgms, minority_gradient, posterior_variance
 from stages.generate.text_to_image import TextToImage
 from stages.sampling import condition
+from tests.levels import at
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -37,12 +38,12 @@ def test_the_gradient_in_closed_form(gaussian_backbone, prediction_type):
     mean = backbone.mean + 0.01 * 3.0 * len("a red star")
 
     def slope_and_x0(z, t):
-        a = float(backbone.alphas_cumprod[t])
+        a = float(backbone.schedule.alphas_cumprod[t])
         slope = a**0.5 * backbone.deviation**2 / (a * backbone.deviation**2 + 1 - a)
         return slope, mean + slope * (z - a**0.5 * mean)
 
     slope, first = slope_and_x0(z_BCHW, t)
-    a = float(backbone.alphas_cumprod[s])
+    a = float(backbone.schedule.alphas_cumprod[s])
     _, second = slope_and_x0(a**0.5 * first + (1 - a) ** 0.5 * noise_BCHW, s)
     distance_B, gradient_BCHW = minority_gradient(backbone, z_BCHW, t, asked, noise_BCHW, s)
     torch.testing.assert_close(distance_B, (first - second).square().sum(dim=(1, 2, 3)))
@@ -51,8 +52,8 @@ def test_the_gradient_in_closed_form(gaussian_backbone, prediction_type):
 
 def test_the_variance_is_that_of_ddpm():
     """β·(1 − ᾱ_{t−1})/(1 − ᾱ_t) for neighbouring timesteps; nothing is left to vary at ᾱ = 1."""
-    assert posterior_variance(0.5 * 0.98, 0.5) == pytest.approx(0.02 * 0.5 / 0.51)
-    assert posterior_variance(0.9, 1.0) == 0
+    assert posterior_variance(at(0.5 * 0.98), at(0.5)) == pytest.approx(0.02 * 0.5 / 0.51)
+    assert posterior_variance(at(0.9), at(1.0)) == 0
 
 
 def test_every_nth_step_is_pushed_by_its_variance(gaussian_backbone, models, monkeypatch):
@@ -72,10 +73,8 @@ def test_every_nth_step_is_pushed_by_its_variance(gaussian_backbone, models, mon
     traces = drawn(backbone, models, what, steps=5, every=2, scale=0.3).traces
     assert [len(trace) for trace in traces] == [3, 3]
 
-    a = [float(backbone.alphas_cumprod[t]) for t in (999, 799, 599, 399, 199)] + [
-        backbone.final_alpha_cumprod
-    ]
-    variances = [posterior_variance(a[k], a[k + 1]) for k in range(5)]
+    levels = [backbone.schedule.level(t) for t in (999, 799, 599, 399, 199, 0)]
+    variances = [posterior_variance(levels[k], levels[k + 1]) for k in range(5)]
     assert variances[0] > 0.1
     expected = torch.tensor([0.3 * v * (k % 2 == 0) for k, v in enumerate(variances)]).double()
     largest_kB = torch.stack(pushes).abs().amax(dim=(2, 3, 4))
@@ -112,8 +111,8 @@ def test_guidance_raises_what_it_climbs(tangram, t):
 def test_where_there_is_nothing_to_climb_nothing_happens(gaussian_backbone, models):
     """A model for which everything is noise: x̂0 = 0 wherever z is, and g = 0, exactly at this ᾱ."""
     backbone = gaussian_backbone()
-    backbone.alphas_cumprod = torch.full((1000,), 0.75, dtype=torch.float64)
-    backbone.predict = lambda z_BCHW, t, text_BLD: z_BCHW / 0.5
+    backbone.schedule.alphas_cumprod = torch.full((1000,), 0.75, dtype=torch.float64)
+    backbone.predict = lambda z_BCHW, t, text: z_BCHW / 0.5
     made = drawn(backbone, models, order(backbone, 0, 1), steps=4, every=1)
     assert made.traces == [[0.0] * 4] * 2
     assert torch.isfinite(made.image_B3hw).all()

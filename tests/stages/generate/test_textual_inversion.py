@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from jobs.tangram.drawings import draw, generator
 from schemas.errors import UserError
 from stages import images
-from stages.backbones.latent_diffusion import BackboneFacts, BackboneSettings
-from stages.contract import Chance, Material, Order
+from stages.backbones.diffusion.load import BackboneFacts
+from stages.backbones.diffusion.settings import BackboneSettings
+from stages.contract import Chance, Material, Order, Text
 from stages.generate.da_fusion import DaFusion
 from stages.generate.genie import Genie
 from stages.generate.text_to_image import TextToImage
@@ -61,7 +62,7 @@ def mean_loss(backbone, image_N3hw, word_D, examples=12):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_nothing_but_the_word_changes(load_tiny, kind):
     backbone = load_tiny(prediction_type=kind)
-    parts = (backbone._text_encoder, backbone._unet, backbone._vae)
+    parts = (backbone._encoders[0].model, backbone._denoiser, backbone._vae)
     before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
     start = backbone.word(None)
     word, losses = learn_token(
@@ -82,16 +83,16 @@ def test_its_gradient_is_that_of_a_new_row_of_the_table(load_tiny):
     ours = word.clone().requires_grad_()
     token_loss(backbone, z0, n, t, backbone.embed_words("a {token}", {WORD: ours[None]})).backward()
 
-    tokenizer = copy.deepcopy(backbone._tokenizer)
+    tokenizer = copy.deepcopy(backbone._encoders[0].tokenizer)
     tokenizer.add_tokens("<new>")
-    encoder = copy.deepcopy(backbone._text_encoder)
+    encoder = copy.deepcopy(backbone._encoders[0].model)
     encoder.resize_token_embeddings(len(tokenizer))
     table = encoder.get_input_embeddings().weight
     with torch.no_grad():
         table[-1] = word
     table.requires_grad_()
     tokens = tokenizer("a <new>", padding="max_length", max_length=12, return_tensors="pt").input_ids
-    token_loss(backbone, z0, n, t, encoder(tokens)[0]).backward()
+    token_loss(backbone, z0, n, t, Text(encoder(tokens)[0])).backward()
     assert ours.grad.abs().max() > 0
     torch.testing.assert_close(ours.grad, table.grad[-1], rtol=1e-4, atol=1e-8)
     assert table.grad[:-1].abs().max() > 0  # theirs reaches the words beside it, and is thrown away
@@ -104,15 +105,16 @@ def test_the_loss_of_v_is_that_of_epsilon_over_its_noise_level(gaussian_backbone
         for kind in ("epsilon", "v_prediction"):
             backbone = gaussian_backbone(kind)
             losses[kind] = float(token_loss(backbone, z0, n, t, backbone.embed(["a fox"])))
-            alpha = float(backbone.alphas_cumprod[t])
-            z = add_noise(z0, n, alpha)
+            alpha = float(backbone.schedule.alphas_cumprod[t])
+            level = backbone.schedule.level(t)
+            z = add_noise(z0, n, level)
             output = backbone.predict(z, t, backbone.embed(["a fox"]))
-            error = (to_epsilon(z, output, alpha, kind) - n).square().mean()
+            error = (to_epsilon(z, output, level, kind) - n).square().mean()
             assert losses[kind] == pytest.approx(float(error) / (1 if kind == "epsilon" else alpha))
         assert losses["v_prediction"] == pytest.approx(losses["epsilon"] / alpha)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_the_word_finds_what_the_references_show(gaussian_backbone, kind):
     """This model's word shifts the mean of its data by 0.01 of it, so references of another mean call for
     a word that is known."""
@@ -131,11 +133,11 @@ def test_a_model_in_half_precision_learns_from_small_errors(gaussian_backbone):
     class Half(gaussian_backbone):
         latent_shape, image_size = (4, 64, 64), 64
 
-        def predict(self, z_BCHW, t, text_BLD):
-            return super().predict(z_BCHW, t, text_BLD).half().to(z_BCHW)
+        def predict(self, z_BCHW, t, text):
+            return super().predict(z_BCHW, t, text).half().to(z_BCHW)
 
     backbone, wanted = Half(deviation=0.001), 0.1
-    backbone.alphas_cumprod = backbone.alphas_cumprod[500:]
+    backbone.schedule.alphas_cumprod = backbone.schedule.alphas_cumprod[500:]
     image = torch.full((1, 3, 64, 64), backbone.mean + 0.01 * (len("a {token}") + wanted))
     settings = TokenSettings(start=None, templates=("a {token}",), steps=30, lr=0.01, batch=16)
     word, _ = learn_token(backbone, image.double(), settings, np.random.default_rng(0))
@@ -163,9 +165,9 @@ def test_mirroring_shows_both_sides(gaussian_backbone):
             super().__init__()
             self.sides = []
 
-        def predict(self, z_BCHW, t, text_BLD):
+        def predict(self, z_BCHW, t, text):
             self.sides.append(float((z_BCHW[..., :2] - z_BCHW[..., 2:]).mean()))
-            return super().predict(z_BCHW, t, text_BLD)
+            return super().predict(z_BCHW, t, text)
 
     image = torch.cat([torch.full((1, 3, 4, 2), 50.0), torch.full((1, 3, 4, 2), -50.0)], dim=3)
     shares = {}

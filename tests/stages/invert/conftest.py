@@ -11,15 +11,8 @@ def pure_noise_backbone(gaussian_backbone):
     class PureNoise(gaussian_backbone):
         def __init__(self):
             super().__init__("v_prediction")
-            roots = self.alphas_cumprod.sqrt()
-            self.alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
-
-        def predict(self, z_BCHW, t, text_BLD):
-            a = float(self.alphas_cumprod[t])
-            mean_B111 = self.mean + 0.01 * text_BLD[:, :, :, None]
-            spread_BCHW = (z_BCHW - a**0.5 * mean_B111) / (a * self.deviation**2 + 1 - a)
-            x0_BCHW = mean_B111 + a**0.5 * self.deviation**2 * spread_BCHW
-            return a**0.5 * (1 - a) ** 0.5 * spread_BCHW - (1 - a) ** 0.5 * x0_BCHW
+            roots = self.schedule.alphas_cumprod.sqrt()
+            self.schedule.alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
     return PureNoise
 

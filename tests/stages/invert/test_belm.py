@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stages.contract import Sampler
 from stages.invert.belm import Belm, denoise_belm, invert_belm
 from stages.invert.ddim import invert_ddim
-from stages.sampling import alphas, condition, ddim_step, denoise, predict_guided, timesteps
+from stages.sampling import condition, ddim_step, denoise, predict_guided
 
 
 def rms(z_BCHW):
@@ -37,16 +37,15 @@ def test_also_where_the_schedule_begins_in_pure_noise(pure_noise_backbone, noise
 
 def test_on_a_network_the_second_state_is_what_makes_it_exact(load_tiny, noise):
     backbone, sampler = load_tiny(prediction_type="v_prediction"), Sampler(10, 1.0)
-    path = timesteps(backbone, 10)
-    levels = alphas(backbone, path)
+    path = backbone.schedule.path(10)
     with torch.no_grad():
         z0_BCHW = backbone.encode(noise(2, 3, 16, 16).clamp(-1, 1))
         z_BCHW, second_BCHW = invert_belm(backbone, z0_BCHW, "a cat", sampler)
         both = rms(denoise_belm(backbone, z_BCHW, second_BCHW, "a cat", sampler) - z0_BCHW)
         output_BCHW = predict_guided(
-            backbone, z_BCHW, path[0], condition(backbone, "a cat", 1.0, len(z_BCHW))
+            backbone, z_BCHW, path.times[0], condition(backbone, "a cat", 1.0, len(z_BCHW))
         )
-        guess_BCHW = ddim_step(z_BCHW, output_BCHW, levels[0], levels[1], "v_prediction")
+        guess_BCHW = ddim_step(z_BCHW, output_BCHW, path.levels[0], path.levels[1], "v_prediction")
         one = rms(denoise_belm(backbone, z_BCHW, guess_BCHW, "a cat", sampler) - z0_BCHW)
     assert both < 1e-4
     assert one > 100 * both
@@ -58,7 +57,7 @@ def test_seeds_converge_to_the_exact_flow_at_second_order_and_ddims_at_first(gau
 
     def errors(invert):
         for steps in (50, 100, 500):
-            levels = alphas(backbone, timesteps(backbone, steps))
+            levels = backbone.schedule.path(steps).levels
             exact_BCHW = backbone.transport(z0_BCHW, levels[-1], levels[0], "star")
             yield rms(invert(backbone, z0_BCHW, "star", Sampler(steps, 1.0)) - exact_BCHW)
 

@@ -7,7 +7,7 @@ import torch
 from stages.contract import Sampler
 from stages.gaussianity import gaussianity
 from stages.invert.ddim import DdimInversion, invert_ddim
-from stages.sampling import alphas, denoise, timesteps
+from stages.sampling import denoise
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -17,7 +17,7 @@ def test_seeds_converge_to_the_exact_flow_at_first_order(gaussian_backbone, pred
     latents_BCHW = 0.7 + 0.4 * noise(3, 4, 4, 4, dtype=torch.float64)
 
     def error(steps):
-        levels = alphas(backbone, timesteps(backbone, steps))
+        levels = backbone.schedule.path(steps).levels
         exact = backbone.transport(latents_BCHW, levels[-1], levels[0], "star")
         return (invert_ddim(backbone, latents_BCHW, "star", Sampler(steps, 1.0)) - exact).norm().item()
 

@@ -57,8 +57,8 @@ def test_where_the_noise_does_not_depend_on_the_latent_the_way_back_is_exact(
     """Of BELM this is true under its own sampler only."""
 
     class Constant(gaussian_backbone):
-        def predict(self, z_BCHW, t, text_BLD):
-            return super().predict(torch.ones_like(z_BCHW), t, text_BLD)
+        def predict(self, z_BCHW, t, text):
+            return super().predict(torch.ones_like(z_BCHW), t, text)
 
     image_B3hw = noise(2, 3, 4, 4, seed=seed).clamp(-1, 1)
     error = "belm_mse" if cls is Belm else "latent_mse"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stages.contract import Sampler
 from stages.invert.ddim import invert_ddim
 from stages.invert.fixed_point import FixedPoint, fixed_point, invert_fixed_point, noise_of
-from stages.sampling import alphas, denoise, timesteps
+from stages.sampling import denoise
 
 
 def rms(z_BCHW):
@@ -85,7 +85,7 @@ def test_the_sampler_draws_the_latent_back_however_few_its_steps(
 
 def test_also_where_the_schedule_begins_in_pure_noise(pure_noise_backbone, noise):
     backbone, z0_BCHW = pure_noise_backbone(), noise(2, 4, 4, 4, dtype=torch.float64)
-    assert float(backbone.alphas_cumprod[timesteps(backbone, 10)[0]]) == 0
+    assert backbone.schedule.path(10).levels[0].signal == 0
     z_BCHW, _ = invert_fixed_point(backbone, z0_BCHW, "star", Sampler(10, 1.0), 100, 1e-13)
     again_BCHW = denoise(backbone, z_BCHW, "star", Sampler(10, 1.0))
     torch.testing.assert_close(again_BCHW, z0_BCHW, rtol=0, atol=1e-9)
@@ -96,7 +96,7 @@ def test_exact_seeds_converge_to_the_exact_flow_at_the_order_of_the_sampler(gaus
     z0_BCHW = 0.7 + 0.4 * noise(3, 4, 4, 4, dtype=torch.float64)
 
     def error(steps):
-        levels = alphas(backbone, timesteps(backbone, steps))
+        levels = backbone.schedule.path(steps).levels
         exact_BCHW = backbone.transport(z0_BCHW, levels[-1], levels[0], "star")
         return rms(
             invert_fixed_point(backbone, z0_BCHW, "star", Sampler(steps, 1.0), 50, 1e-10)[0] - exact_BCHW

@@ -9,8 +9,9 @@ from scipy.linalg import hadamard
 
 from schemas.errors import UserError
 from stages.backbones.models import LoadedModels
-from stages.contract import Question
+from stages.contract import Question, Text
 from stages.measure.likelihood import Likelihood, epsilon_and_trace, grid, log_likelihood, probes
+from tests.levels import at
 
 CPU = torch.device("cpu")
 STAR = Question("star", "one star")
@@ -29,13 +30,13 @@ def log2_normal(z_BCHW, mean, variance):
 
 
 def first_and_last(backbone):
-    return float(backbone.alphas_cumprod[0]), float(backbone.alphas_cumprod[-1])
+    return [backbone.schedule.level(backbone.schedule.ladder[end]).signal ** 2 for end in (0, -1)]
 
 
 def of_the_flow(backbone, z_BCHW, prompt):
     """The density that the flow gives to latents: that of noise where they end, times how it widens."""
     first, last = first_and_last(backbone)
-    noise_BCHW = backbone.transport(z_BCHW, first, last, prompt)
+    noise_BCHW = backbone.transport(z_BCHW, at(first), at(last), prompt)
     width = [(a * backbone.deviation**2 + 1 - a) ** 0.5 for a in (first, last)]
     return log2_normal(noise_BCHW, 0, 1) + math.log2(width[1] / width[0])
 
@@ -112,15 +113,15 @@ class Correlated:
     def __getattr__(self, name):
         return getattr(self._backbone, name)
 
-    def predict(self, z_BCHW, t, text_BLD):
-        a = float(self.alphas_cumprod[t])
+    def predict(self, z_BCHW, t, text):
+        a = float(self.schedule.alphas_cumprod[t])
         centred_Bd = (z_BCHW - a**0.5 * self.mean).flatten(1)
         precision_d = 1 / (a * self.variance_d + 1 - a)
         whitened_Bd = (centred_Bd @ self.axes_dd * precision_d) @ self.axes_dd.T
         return (1 - a) ** 0.5 * whitened_Bd.reshape(z_BCHW.shape)
 
     def trace(self, t):
-        a = float(self.alphas_cumprod[t])
+        a = float(self.schedule.alphas_cumprod[t])
         return (1 - a) ** 0.5 * (1 / (a * self.variance_d + 1 - a)).sum()
 
     def log_p(self, z_BCHW):
@@ -144,7 +145,7 @@ def test_directions_of_any_width_and_slant_are_counted(gaussian_backbone):
     exact_B, bits = backbone.log_p(z_BCHW), 64 * math.log(2)
 
     def error(steps, probe_PCHW):
-        found_B = log_likelihood(backbone, z_BCHW, torch.zeros(2, 1, 1), steps, probe_PCHW)
+        found_B = log_likelihood(backbone, z_BCHW, Text(torch.zeros(2, 1, 1)), steps, probe_PCHW)
         return float((found_B - exact_B).abs().max() / bits)
 
     assert error(20, probe_PCHW) < 0.025
@@ -154,12 +155,12 @@ def test_directions_of_any_width_and_slant_are_counted(gaussian_backbone):
 
 def test_the_probes_see_the_trace_with_the_error_that_they_must_have(gaussian_backbone):
     backbone = Correlated(gaussian_backbone(), torch.logspace(-2, 0.3, 64, dtype=torch.float64))
-    z_BCHW, text_BLD = torch.zeros(1, 4, 4, 4, dtype=torch.float64), torch.zeros(1, 1, 1)
-    a = float(backbone.alphas_cumprod[300])
+    z_BCHW, text = torch.zeros(1, 4, 4, 4, dtype=torch.float64), Text(torch.zeros(1, 1, 1))
+    a = float(backbone.schedule.alphas_cumprod[300])
     jacobian_dd = backbone.axes_dd / (a * backbone.variance_d + 1 - a) @ backbone.axes_dd.T * (1 - a) ** 0.5
     spread = float((2 * (jacobian_dd - jacobian_dd.diag().diag()).square().sum()).sqrt())
     for count in (1, 256):
-        _, trace_B = epsilon_and_trace(backbone, z_BCHW, 300, text_BLD, probes(count, (4, 4, 4)))
+        _, trace_B = epsilon_and_trace(backbone, z_BCHW, 300, text, probes(count, (4, 4, 4)))
         error = abs(float(trace_B) - float(backbone.trace(300)))
         assert 0 < error < 3 * spread / count**0.5
 
@@ -177,7 +178,9 @@ def test_every_step_has_a_timestep_of_its_own_from_first_to_last(gaussian_backbo
         times = grid(backbone, steps)
         assert (len(times), times[0], times[-1]) == (steps + 1, 0, 999)
         assert np.diff(times).min() >= 1
-    level = [0.5 * math.log((1 - a) / a) for a in backbone.alphas_cumprod[grid(backbone, 20)].tolist()]
+    level = [
+        0.5 * math.log((1 - a) / a) for a in backbone.schedule.alphas_cumprod[grid(backbone, 20)].tolist()
+    ]
     assert max(np.diff(level)) < 1.4 * (level[-1] - level[0]) / 20
     for steps in (0, 1000):
         with pytest.raises(UserError, match=f"{steps} steps given; this backbone has 1 to 999"):

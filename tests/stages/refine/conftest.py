@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from stages.backbones.latent_diffusion import COMPONENTS, LatentDiffusion
+from stages.backbones.diffusion.model import StableDiffusion
+from stages.backbones.diffusion.text import TextEncoder
 from stages.backbones.models import LoadedModels
+from stages.schedule import Diffusion
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -63,5 +65,14 @@ def double_backbone(tiny_pipeline, tiny_folder):
     """The tiny network, v-predicting, in float64, so that finite differences mean something."""
     folder = tiny_folder(prediction_type="v_prediction")
     double = type(tiny_pipeline).from_pretrained(folder, dtype=torch.float64, safety_checker=None)
-    parts = {name: getattr(double, name) for name in COMPONENTS}
-    return LatentDiffusion(**parts, fingerprint="double", device=torch.device("cpu"), what="double")
+    encoder = TextEncoder(double.text_encoder, double.tokenizer, "last", 12, "double")
+    config = double.scheduler.config
+    return StableDiffusion(
+        denoiser=double.unet,
+        vae=double.vae,
+        encoders=[encoder],
+        schedule=Diffusion(config.prediction_type, double.scheduler.alphas_cumprod, config),
+        fingerprint="double",
+        device=torch.device("cpu"),
+        what="double",
+    )

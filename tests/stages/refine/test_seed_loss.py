@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.contract import Sampler
+from stages.contract import Sampler, Text
 from stages.refine.seed_loss import OMEGA, Likeness, drawn, loss_of, predicted
 from stages.refine.views import View
-from stages.sampling import add_noise, alphas, condition, denoise, timesteps
+from stages.sampling import add_noise, condition, denoise
 
 SAMPLER = Sampler(steps=4, guidance=3.0)
 D = torch.float64
@@ -133,7 +133,7 @@ def test_one_step_on_gaussian_data_has_the_closed_gradient(gaussian_backbone, si
     backbone, sampler = gaussian_backbone(mean=0.7, deviation=0.4), Sampler(10, 1.0)
     z_BCHW, latent_CHW = noise(2, 4, 4, 4), noise(4, 4, 4, seed=2)
     asked = condition(backbone, "", 1.0, 2)
-    a = float(backbone.alphas_cumprod[timesteps(backbone, 10)[0]])
+    a = backbone.schedule.path(10).levels[0].signal ** 2
     slope = 0.4**2 * a**0.5 / (a * 0.4**2 + 1 - a)
     x0_BCHW = 0.7 + slope * (z_BCHW - a**0.5 * 0.7)
     torch.testing.assert_close(predicted(backbone, z_BCHW, asked, sampler, 1), x0_BCHW)
@@ -149,19 +149,19 @@ def test_calls_are_spread_over_the_samplers_path_with_ddim_steps_between(gaussia
     backbone, asked_at = gaussian_backbone(), []
     predict = backbone.predict
     backbone.predict = lambda z, t, text: (asked_at.append(t), predict(z, t, text))[1]
-    path = timesteps(backbone, 10)
+    path = backbone.schedule.path(10)
     z_BCHW = noise(1, 4, 4, 4)
     x0_BCHW = predicted(backbone, z_BCHW, condition(backbone, "", 1.0, 1), Sampler(10, 1.0), calls)
-    assert asked_at == [path[place] for place in places]
-    levels = alphas(backbone, path)
+    assert asked_at == [path.times[place] for place in places]
+    text = Text(torch.zeros(1, 1, 1, dtype=D))
     for place, following in pairwise(places):
-        a = levels[place]
-        epsilon = predict(z_BCHW, path[place], torch.zeros(1, 1, 1, dtype=D))
-        clean = (z_BCHW - (1 - a) ** 0.5 * epsilon) / a**0.5
-        z_BCHW = add_noise(clean, epsilon, levels[following])
-    a = levels[places[-1]]
-    epsilon = predict(z_BCHW, path[places[-1]], torch.zeros(1, 1, 1, dtype=D))
-    torch.testing.assert_close(x0_BCHW, (z_BCHW - (1 - a) ** 0.5 * epsilon) / a**0.5)
+        level = path.levels[place]
+        epsilon = predict(z_BCHW, path.times[place], text)
+        clean = (z_BCHW - level.noise * epsilon) / level.signal
+        z_BCHW = add_noise(clean, epsilon, path.levels[following])
+    level = path.levels[places[-1]]
+    epsilon = predict(z_BCHW, path.times[places[-1]], text)
+    torch.testing.assert_close(x0_BCHW, (z_BCHW - level.noise * epsilon) / level.signal)
 
 
 def test_views_are_averaged(gaussian_backbone, simple_models):

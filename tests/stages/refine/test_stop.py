@@ -46,7 +46,7 @@ def test_an_unknown_class_or_model_is_told_before_weights_are_loaded():
     Recognised(classifier="tangram").check(models, "six pointed star")
     with pytest.raises(UserError, match="the classifier tangram does not know the class 'gryphon'; it knows"):
         Recognised(classifier="tangram").check(models, "gryphon")
-    with pytest.raises(UserError, match="unknown classifier '/no/folder'; give tangram, or a folder"):
+    with pytest.raises(UserError, match="unknown classifier '/no/folder'; give tangram, a folder"):
         Recognised(classifier="/no/folder").check(models, "circle")
     assert models._classifier.cache_info().currsize == 0
 

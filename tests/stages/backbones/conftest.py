@@ -1,0 +1,1 @@
+from tests.stub_hub import stub_hub  # noqa: F401  a fixture
