@@ -78,7 +78,7 @@ def load_tiny(tiny_folder):
 
 @pytest.fixture(scope="session")
 def kind_of_model(tmp_path_factory):
-    """A tiny model of each kind: its diffusers pipeline, the folder that it was saved to, and our backbone."""
+    """A tiny model of each kind: its diffusers pipeline, the folder it was saved to, and our backbone."""
     from stages.backbones.diffusion.load import load_backbone
     from stages.backbones.diffusion.settings import BackboneSettings
     from tests.tiny_models import KINDS

@@ -121,10 +121,11 @@ def stable_diffusion_xl(force_zeros: bool = True, **scheduler) -> StableDiffusio
 def stable_diffusion_3(t5: bool = True) -> StableDiffusion3Pipeline:
     torch.manual_seed(3)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(chr(code), -3.0) for code in range(33, 127)]
+    letters = [chr(code) for code in range(33, 127)]
+    pieces += [(f"{before}{letter}", -3.0) for before in ("", "▁") for letter in letters]
     third = T5EncoderModel(
         T5Config(vocab_size=len(pieces) + 100, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    )
+    ).eval()  # it has dropout
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24,

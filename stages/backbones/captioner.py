@@ -73,15 +73,13 @@ def captioner_fingerprint(model: str) -> str:
 def _folder(model: str) -> Path:
     """Where the files lie on this machine; a hub id is downloaded if it is not in the cache yet."""
     what = f"captioner {model}"
-    local = Path(model).expanduser()
-    if local.is_dir():
-        folder = local.resolve()
-    elif local.is_absolute() or model[0] in ".~" or model.count("/") != 1:
-        raise UserError(
-            f"{what}: no such folder; give tangram, a local folder with a transformers image-to-text model,"
-            " or a hub id such as Salesforce/blip-image-captioning-large"
-        )
-    else:
+    folder = hub.local_folder(
+        model,
+        what,
+        "give tangram, a local folder with a transformers image-to-text model, or a hub id such as"
+        " Salesforce/blip-image-captioning-large",
+    )
+    if folder is None:
         folder = hub.fetch(model.removeprefix(hub.PREFIX), tuple(f"*{kind}" for kind in KINDS), what)
     files.need(folder, ["config.json"], what)
     if not any(file.suffix == ".safetensors" for file in folder.iterdir()):

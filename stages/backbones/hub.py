@@ -16,6 +16,19 @@ from stages.backbones import files
 PREFIX = "hf-hub:"
 
 
+def local_folder(model: str, what: str, allowed: str) -> Path | None:
+    """The folder that a model's name is, or None where the name is an id on the hub.
+
+    Raises `UserError`, which `allowed` ends, for what is neither.
+    """
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if local.is_absolute() or model[0] in ".~" or model.count("/") != 1:
+        raise UserError(f"{what}: no such folder; {allowed}")
+    return None
+
+
 @cache
 def fetch(name: str, patterns: tuple[str, ...], what: str) -> Path:
     """The folder on this machine with the files that match, of owner/name or owner/name@revision."""

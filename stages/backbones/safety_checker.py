@@ -99,14 +99,15 @@ def safety_checker_fingerprint(model: str) -> str:
 
 def _files(model: str) -> tuple[Path, Path, Path]:
     """config.json, the weights and preprocessor_config.json on this machine, downloaded if need be."""
-    what, local = f"safety_checker {model}", Path(model).expanduser()
-    if local.is_dir():
-        folder = local.resolve()
-    elif local.is_absolute() or model[0] in ".~" or model.count("/") != 1:
-        raise UserError(
-            f"{what}: no such folder; give a folder in the diffusers layout that has {' and '.join(BESIDE)},"
-            " or a hub id such as CompVis/stable-diffusion-safety-checker"
-        )
+    what = f"safety_checker {model}"
+    local = hub.local_folder(
+        model,
+        what,
+        f"give a folder in the diffusers layout that has {' and '.join(BESIDE)}, or a hub id such as"
+        " CompVis/stable-diffusion-safety-checker",
+    )
+    if local is not None:
+        folder = local
     else:
         names = (CONFIG, f"{BESIDE[0]}/{CONFIG}", PROCESSOR, f"{BESIDE[1]}/{PROCESSOR}")
         folder = hub.fetch(model.removeprefix(hub.PREFIX), names, what)
@@ -117,7 +118,7 @@ def _files(model: str) -> tuple[Path, Path, Path]:
             " has, such as CompVis/stable-diffusion-safety-checker"
         )
     files.need(processor, [PROCESSOR], what)
-    if not local.is_dir():
+    if local is None:
         inside = "" if checker == folder else f"{BESIDE[0]}/"
         hub.fetch_weights(model.removeprefix(hub.PREFIX), folder, f"{inside}{WEIGHTS}", what)
     variants = sorted(checker.glob("model.*.safetensors"))  # such as model.fp16.safetensors

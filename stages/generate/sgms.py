@@ -74,6 +74,8 @@ def posterior_variance(start: Level, end: Level) -> float:
 class Sgms(Generate):
     """Images of the prompt from seeds, pushed towards what the model restores badly."""
 
+    version = 2
+
     class Config(SamplerSettings):
         method: Literal["sgms"] = "sgms"
         steps: int = Field(20, ge=1)

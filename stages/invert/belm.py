@@ -81,6 +81,8 @@ def denoise_belm(
 class Belm(Invert):
     """Seeds of a second-order path, for one model call a step."""
 
+    version = 2
+
     class Config(InvertSettings):
         method: Literal["belm"] = "belm"
 

@@ -142,6 +142,7 @@ def log_likelihood(
 
 @registry.method("likelihood")
 class Likelihood(Measure):
+    version = 2
     uses_backbone = True
 
     class Config(Settings):

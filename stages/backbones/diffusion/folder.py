@@ -13,7 +13,7 @@ from typing import Any
 
 from schemas.errors import UserError
 from schemas.ids import fingerprint
-from stages.backbones import files
+from stages.backbones import files, hub
 from stages.backbones.diffusion.architectures import Architecture, architecture_of
 from stages.backbones.diffusion.settings import BackboneSettings
 
@@ -25,6 +25,7 @@ ALL_COMPONENTS = (
     "vqvae",
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
 )
+DECODER = ("config.json", "diffusion_pytorch_model.safetensors")
 READ = (".json", ".txt", ".model")  # suffixes of what is read beside weights
 
 
@@ -34,18 +35,14 @@ def folder_of(settings: BackboneSettings) -> Path:
     Raises `UserError` unless it holds a model of a known kind with all files of the variant.
     """
     what = f"backbone {settings.model}"
-    local = Path(settings.model).expanduser()
-    if settings.revision is not None and (settings.model == "tangram" or local.is_dir()):
-        raise UserError(f"{what}: revision {settings.revision} given, but only a hub id has revisions")
     if settings.model == "tangram":
-        folder = files.tangram()
-    elif local.is_dir():
-        folder = local.resolve()
-    elif local.is_absolute() or settings.model[0] in ".~" or settings.model.count("/") != 1:
-        raise UserError(
-            f"{what}: no such folder; give tangram, a local folder, or a hub id such as owner/name"
-        )
+        folder: Path | None = files.tangram()
     else:
+        allowed = "give tangram, a local folder, or a hub id such as owner/name"
+        folder = hub.local_folder(settings.model, what, allowed)
+    if settings.revision is not None and folder is not None:
+        raise UserError(f"{what}: revision {settings.revision} given, but only a hub id has revisions")
+    if folder is None:
         folder = _download(settings.model, settings.revision, settings.variant, settings.subfolder or "")
     folder = folder / (settings.subfolder or "")
     architecture = architecture_of(folder, what)
@@ -64,12 +61,10 @@ def _check_weights(component: Path, settings: BackboneSettings, what: str) -> No
         others = sorted({variant_of(f) for f in component.glob("*.safetensors")} - {settings.variant or ""})
         hint = ""
         if others:
-            hint = f"; it has the variant {', '.join(others) or 'none'}: set `variant`, or leave it out"
-        elif any(component.glob("*.bin")):
-            hint = (
-                "; it has pickled weights, which are never read: save it again with"
-                " save_pretrained(safe_serialization=True)"
-            )
+            variants = ", ".join(name or "none" for name in others)
+            hint = f"; it has the variant {variants}: set `variant`, or leave it out"
+        elif pickled := [file.name for file in component.iterdir() if file.suffix in files.PICKLES]:
+            hint = files.only_pickled(pickled)
         elif any(component.glob("*.incomplete")):
             hint = "; its download was cut off: download it again"
         raise UserError(f"{what}: {component} has no {wanted}{hint}")
@@ -105,11 +100,8 @@ def backbone_fingerprint(settings: BackboneSettings) -> str:
         identity["unet"] = list(files.hashes(unet_file(settings).parent, [unet_file(settings)]).values())
     if settings.decoder is not None:
         small = decoder_folder(settings)
-        identity["decoder"] = files.hashes(small, [f for f in small.iterdir() if f.suffix in _DECODER])
+        identity["decoder"] = files.hashes(small, [small / name for name in DECODER])
     return fingerprint(identity)
-
-
-_DECODER = (".json", ".safetensors")
 
 
 def files_used(folder: Path, architecture: Architecture, variant: str | None) -> list[Path]:
@@ -137,38 +129,20 @@ def unet_file(settings: BackboneSettings) -> Path:
     name, _, file = rest.partition("/")
     if local.is_absolute() or owner[:1] in ("", ".", "~") or not file:
         raise UserError(f"{what}: no such file; give one, or one on the hub as OWNER/NAME/FILE.safetensors")
-    return _download_file(f"{owner}/{name}", file, what)
+    return hub.fetch(f"{owner}/{name}", (file,), what) / file
 
 
 def decoder_folder(settings: BackboneSettings) -> Path:
     """The folder of `settings.decoder`, downloaded if it is a hub id."""
     assert settings.decoder is not None
-    local, what = (
-        Path(settings.decoder).expanduser(),
-        f"backbone {settings.model}: decoder {settings.decoder}",
+    what = f"backbone {settings.model}: decoder {settings.decoder}"
+    folder = hub.local_folder(
+        settings.decoder, what, "give a folder of an AutoencoderTiny, or a hub id such as madebyollin/taesd"
     )
-    if not local.is_dir() and (local.is_absolute() or settings.decoder.count("/") != 1):
-        raise UserError(f"{what}: no such folder; give one, or a hub id such as madebyollin/taesd")
-    config = (
-        local / "config.json" if local.is_dir() else _download_file(settings.decoder, "config.json", what)
-    )
-    name = "diffusion_pytorch_model.safetensors"
-    if not local.is_dir():
-        _download_file(settings.decoder, name, what)
-    files.need(config.parent, ["config.json", name], what)
-    return config.parent
-
-
-@lru_cache
-def _download_file(repository: str, name: str, what: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, name))
-    except Exception as error:  # the hub client raises its own, httpx's and the system's
-        raise UserError(
-            f"{what} is not to be had from the Hugging Face hub: {files.first_line(error)}"
-        ) from error
+    if folder is None:
+        folder = hub.fetch(settings.decoder, DECODER, what)
+    files.need(folder, DECODER, what)
+    return folder
 
 
 @lru_cache

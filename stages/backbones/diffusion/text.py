@@ -25,6 +25,9 @@ class TextEncoder:
     def __init__(self, model: Any, tokenizer: Any, reads: Reads, longest: int, what: str):
         self.model, self.tokenizer = model, tokenizer
         self._reads, self._longest, self._what = reads, longest, what
+        # T5's encoder looks words up in a table of its own, which only shares the weights of the model's
+        looks_up = model.encoder if model.config.model_type == "t5" else model
+        self._table = looks_up.get_input_embeddings()
         *self._opening, self._closing = tokenizer("").input_ids
         # of a place that a vector takes; any token but those that close or pad a prompt, which CLIP looks for
         self._stand_in = self._opening[0] if self._opening else tokenizer.pad_token_id
@@ -48,7 +51,7 @@ class TextEncoder:
                 output_BLD[:, place] = words[word].to(output_BLD.dtype)
             return output_BLD
 
-        hook = self.model.get_input_embeddings().register_forward_hook(put)
+        hook = self._table.register_forward_hook(put)
         try:
             return self._run([ids], len(next(iter(words.values()))))
         finally:
@@ -59,7 +62,7 @@ class TextEncoder:
         if self._reads == "last":
             return self.model(ids_BL)[0], None
         said = self.model(ids_BL, output_hidden_states=True)
-        return said.hidden_states[-2], said[0]
+        return said.hidden_states[-2], getattr(said, "text_embeds", None)  # of encoders that project it
 
     def _ids_around(self, prompt: str, words: tuple[str, ...]) -> tuple[list[int], dict[int, str]]:
         """The tokens of a prompt, with one that does not matter for each of `words`, and where those are."""
@@ -86,11 +89,11 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """D of a word's vector."""
-        return self.model.get_input_embeddings().weight.shape[1]
+        return self._table.weight.shape[1]
 
     def word(self, text: str | None) -> Float[Tensor, " D"]:
         """The vector of a word of one token; of None, the mean of all."""
-        table_VD = self.model.get_input_embeddings().weight
+        table_VD = self._table.weight
         if text is None:
             return table_VD.float().mean(dim=0)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
