@@ -40,12 +40,14 @@ PUBLISHED = " + SeedSelect, published"
 # The starts of which iterations are counted: noise, as SeedSelect does, and the paths that NAO and COG offer.
 COUNTED = (PLAIN, "cog path", "nao path")
 JUDGED = "until accepted: "
+DECIDED = "decided: "  # more images of the rarest classes, to decide what the other arms leave open
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
     references: int  # a class
     images: int  # a class
+    decided: int  # a class, of plain prompting with and without SeedSelect
     steps: int
     iterations: int
     limit: int  # iterations within which an image is to be accepted
@@ -53,8 +55,8 @@ class Size:
     real: int
 
 
-FULL = Size(references=25, images=6, steps=20, iterations=5, limit=10, batch=6, real=100)
-QUICK = Size(references=5, images=3, steps=3, iterations=1, limit=1, batch=3, real=8)
+FULL = Size(references=25, images=6, decided=24, steps=20, iterations=5, limit=10, batch=6, real=100)
+QUICK = Size(references=5, images=3, decided=3, steps=3, iterations=1, limit=1, batch=3, real=8)
 
 
 def rare(
@@ -74,7 +76,9 @@ def rare(
     few = [label for label in chosen if label in RARE] or list(chosen)
     folder = study.references(out, chosen, size.references)
 
-    def arm(name: str, start: str, refine: Mapping[str, Any] | None, labels: Sequence[str]) -> Any:
+    def arm(
+        name: str, start: str, refine: Mapping[str, Any] | None, labels: Sequence[str], images: int
+    ) -> Any:
         recipe: dict[str, Any] = {
             "generate": {"method": "text_to_image", "steps": size.steps, "guidance": guidance}
         }
@@ -82,16 +86,20 @@ def rare(
             recipe |= {"combine": STARTS[start], "invert": {"method": "fixed_point", "steps": size.steps}}
         if refine is not None:
             recipe["refine"] = refine
-        return study.arm(name, folder, list(labels), recipe, size.images, size.batch)
+        return study.arm(name, folder, list(labels), recipe, images, size.batch)
 
-    arms = [arm(start, start, None, chosen) for start in STARTS]
+    arms = [arm(start, start, None, chosen, size.images) for start in STARTS]
     refine = {**REFINE, "iterations": size.iterations}
-    arms += [arm(start + REFINED, start, refine, chosen) for start in STARTS]
+    arms += [arm(start + REFINED, start, refine, chosen, size.images) for start in STARTS]
     published = {"method": "seedselect", "iterations": size.iterations}
-    arms.append(arm(PLAIN + PUBLISHED, PLAIN, published, few))
+    arms.append(arm(PLAIN + PUBLISHED, PLAIN, published, few, size.images))
     judged = {"classifier": str(TANGRAM / "judge"), "probability": 0.5}
     counted = {**REFINE, "iterations": size.limit + 1, "stop": judged}  # looked at before each of its steps
-    arms += [arm(JUDGED + start, start, counted, few) for start in COUNTED]
+    arms += [arm(JUDGED + start, start, counted, few, size.images) for start in COUNTED]
+    arms += [
+        arm(DECIDED + name, PLAIN, refinement, few, size.decided)
+        for name, refinement in ((PLAIN, None), (PLAIN + REFINED, refine))
+    ]
     study.conclude(
         out, "rare", arms, tables(chosen, few, size, guidance), headings(),
         [
@@ -148,7 +156,11 @@ def tables(classes: Sequence[str], few: Sequence[str], size: Size, guidance: flo
     rows = {start: View(JUDGED + start) for start in COUNTED}
     against = tuple((start, PLAIN) for start in COUNTED if start != PLAIN)
     compared = ("iterations", "accepted")
-    return [*made, Table("iterations to acceptance", f"{', '.join(few)}; {title}", rows, against, compared)]
+    counted = Table("iterations to acceptance", f"{', '.join(few)}; {title}", rows, against, compared)
+    more = f"{size.decided} images a class"
+    rows = {name: View(DECIDED + name) for name in (PLAIN, PLAIN + REFINED)}
+    decided = Table(f"few, {more}", title, rows, ((PLAIN + REFINED, PLAIN),), ("accuracy", "frechet_judge"))
+    return [*made, counted, decided]
 
 
 def headings() -> dict[str, Any]:
