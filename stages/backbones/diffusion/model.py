@@ -47,7 +47,7 @@ class LatentDiffusion(ABC):
         parts = [denoiser, vae, *(encoder.model for encoder in encoders), *([decoder] if decoder else [])]
         for part in parts:
             part.to(device).eval().requires_grad_(False)
-        self._denoiser, self._vae, self._decoder, self._encoders = denoiser, vae, decoder, tuple(encoders)
+        self.denoiser, self.vae, self._decoder, self._encoders = denoiser, vae, decoder, tuple(encoders)
         self._scale = vae.config.scaling_factor
         self._shift = getattr(vae.config, "shift_factor", None) or 0.0
         self._embed = lru_cache(maxsize=256)(self._embed_uncached)
@@ -90,17 +90,17 @@ class LatentDiffusion(ABC):
         """The network's output."""
 
     def encode(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C H W"]:
-        latent_BCHW = self._encoded(image_B3hw.to(self._vae.dtype))
+        latent_BCHW = self._encoded(image_B3hw.to(self.vae.dtype))
         return (latent_BCHW.to(image_B3hw.dtype) - self._shift) * self._scale
 
     def _encoded(self, image_B3hw: Tensor) -> Tensor:
-        return self._vae.encode(image_B3hw).latent_dist.mean
+        return self.vae.encode(image_B3hw).latent_dist.mean
 
     def decode(self, z_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         if self._decoder is not None:  # reads the scaled latents of its VAE
             return self._decoder.decode(z_BCHW.to(self._decoder.dtype)).sample.to(z_BCHW.dtype)
         latent_BCHW = z_BCHW / self._scale + self._shift
-        return self._vae.decode(latent_BCHW.to(self._vae.dtype)).sample.to(z_BCHW.dtype)
+        return self.vae.decode(latent_BCHW.to(self.vae.dtype)).sample.to(z_BCHW.dtype)
 
 
 class StableDiffusion(LatentDiffusion):
@@ -111,7 +111,7 @@ class StableDiffusion(LatentDiffusion):
         return Text(said[0][0])
 
     def _ask(self, z_BCHW: Tensor, t_B: Tensor, text: Text) -> Tensor:
-        return self._denoiser(z_BCHW, t_B, encoder_hidden_states=text.tokens_BLD).sample
+        return self.denoiser(z_BCHW, t_B, encoder_hidden_states=text.tokens_BLD).sample
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -136,7 +136,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     def _ask(self, z_BCHW: Tensor, t_B: Tensor, text: Text) -> Tensor:
         added = {"text_embeds": text.pooled_BP, "time_ids": self._time_ids_6.expand(len(z_BCHW), 6)}
-        return self._denoiser(
+        return self.denoiser(
             z_BCHW, t_B, encoder_hidden_states=text.tokens_BLD, added_cond_kwargs=added
         ).sample
 
@@ -151,14 +151,14 @@ class StableDiffusion3(LatentDiffusion):
         (first_BLD, first_BP), (second_BLD, second_BP), *t5 = said
         assert first_BP is not None
         assert second_BP is not None
-        width = self._denoiser.config.joint_attention_dim
+        width = self.denoiser.config.joint_attention_dim
         clip_BLD = torch.cat([first_BLD, second_BLD], dim=2)
         t5_BLD = t5[0][0] if t5 else clip_BLD.new_zeros(len(clip_BLD), self.T5_TOKENS, width)
         clip_BLD = F.pad(clip_BLD, (0, width - clip_BLD.shape[2]))
         return Text(torch.cat([clip_BLD, t5_BLD], dim=1), torch.cat([first_BP, second_BP], dim=1))
 
     def _ask(self, z_BCHW: Tensor, t_B: Tensor, text: Text) -> Tensor:
-        return self._denoiser(
+        return self.denoiser(
             hidden_states=z_BCHW,
             timestep=t_B,
             encoder_hidden_states=text.tokens_BLD,
@@ -182,7 +182,7 @@ class UnconditionalLatentDiffusion(LatentDiffusion):
         raise UserError("this backbone reads no prompts, so it has no words")
 
     def _ask(self, z_BCHW: Tensor, t_B: Tensor, text: Text) -> Tensor:
-        return self._denoiser(z_BCHW, t_B).sample
+        return self.denoiser(z_BCHW, t_B).sample
 
     def _encoded(self, image_B3hw: Tensor) -> Tensor:
-        return self._vae.encode(image_B3hw).latents
+        return self.vae.encode(image_B3hw).latents

@@ -260,9 +260,9 @@ def test_a_small_decoder_decodes_and_the_vae_goes_on_encoding(kind_of_model, tmp
 def test_the_vae_of_sdxl_stays_in_float32_where_it_would_overflow(kind_of_model):
     _, folder, _ = kind_of_model("sdxl")
     half = load_backbone(BackboneSettings(model=str(folder), dtype="float16"), CPU)
-    assert (half.dtype, half._vae.dtype) == (torch.float16, torch.float32)
+    assert (half.dtype, half.vae.dtype) == (torch.float16, torch.float32)
     assert (
-        load_backbone(BackboneSettings(model=str(folder), dtype="bfloat16"), CPU)._vae.dtype == torch.bfloat16
+        load_backbone(BackboneSettings(model=str(folder), dtype="bfloat16"), CPU).vae.dtype == torch.bfloat16
     )
 
 

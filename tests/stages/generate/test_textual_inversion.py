@@ -62,7 +62,7 @@ def mean_loss(backbone, image_N3hw, word_D, examples=12):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_nothing_but_the_word_changes(load_tiny, kind):
     backbone = load_tiny(prediction_type=kind)
-    parts = (backbone._encoders[0].model, backbone._denoiser, backbone._vae)
+    parts = (backbone._encoders[0].model, backbone.denoiser, backbone.vae)
     before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
     start = backbone.word(None)
     word, losses = learn_token(
