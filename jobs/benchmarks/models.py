@@ -157,14 +157,11 @@ def _class_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callabl
         numbers = random_stream("text", prompt, *size).standard_normal((1, *size), dtype="float32")
         return torch.from_numpy(numbers).to(device, dtype)
 
-    base = classes[shape.kind]
+    def embed(self: Any, prompt: str) -> Text:
+        tokens, width, pooled = shape.text
+        return Text(drawn(prompt, tokens, width), None if pooled is None else drawn(prompt, pooled))
 
-    class Random(base):
-        def _embed_uncached(self, prompt: str) -> Text:
-            tokens, width, pooled = shape.text
-            return Text(drawn(prompt, tokens, width), None if pooled is None else drawn(prompt, pooled))
-
-    return Random
+    return type("Random", (classes[shape.kind],), {"_embed_uncached": embed})
 
 
 def _schedule(shape: Shape) -> Any:
