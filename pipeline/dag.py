@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import BuildConfig, Recipe, method_of
+from pipeline.device import Returning
 from pipeline.plan import StreamPlan
 from pipeline.seeds import Seeds
 from schemas.errors import UserError
@@ -103,15 +104,16 @@ class Dag:
                 z_BCHW, losses = refined.z_BCHW, refined.losses
             generated = self.draw(stream, materials, slots, z_BCHW, source_B3hw)
             image_B3hw = generated.image_B3hw
-            finite = torch.isfinite(image_B3hw).flatten(1).all(1).tolist()
-            pixels_Bhw3 = images.to_uint8(torch.nan_to_num(image_B3hw))
-            z_BCHW = z_BCHW.float().cpu()
+            finite_B = torch.isfinite(image_B3hw).flatten(1).all(1)
+            shown = Returning(finite_B, images.to_pixels(image_B3hw.nan_to_num()), z_BCHW.float())
+        finite_B, pixels, z_BCHW = shown.wait()
+        pixels_Bhw3 = pixels.numpy()
 
         made: dict[int, Candidate | CandidateFault] = {}
         for slot, index in enumerate(slots):
             if index is None:
                 continue
-            if not finite[slot]:
+            if not finite_B[slot]:
                 made[index] = CandidateFault("the image is not finite")
             elif (deviation := float(pixels_Bhw3[slot].std())) < FLAT:
                 made[index] = CandidateFault(f"the image is flat (deviation {deviation:.2f} < {FLAT} of 255)")

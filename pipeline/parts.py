@@ -31,8 +31,8 @@ def scores_name(stream: StreamPlan, chosen: FilterPlan, unit: int) -> str:
 
 
 @cache
-def environment(device: str) -> dict[str, str]:
-    """What the bits of a result may depend on besides its fingerprint."""
+def environment(device: str, precision: str) -> dict[str, str]:
+    """What the bits of a result may depend on besides its fingerprint: libraries, and what a device chose."""
     from importlib.metadata import version
 
     import torch
@@ -52,6 +52,7 @@ def environment(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in libraries},
         "device": f"{device} {kind}",
+        "precision": precision,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
 

@@ -1,16 +1,14 @@
 """A worker: the models, once, and how each kind of task is carried out and committed.
 
-One worker serves one device. Several threads may run tasks at once: the device lock lets one of them compute
-while the others encode and commit.
+One worker serves one device. Several threads may run tasks at once: one of them computes while the others
+encode and commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from pipeline import pack
 from pipeline.config import method_of
 from pipeline.dag import Candidate, Dag, Materials, in_batches, out_of_memory, score
+from pipeline.device import Device
 from pipeline.parts import account, described, environment, part_name, read_table, scores_name, to_parquet
 from pipeline.plan import FilterPlan, Plan, StreamPlan
 from pipeline.references import fetch
@@ -63,13 +62,10 @@ class Worker:
 
     def __init__(self, plan: Plan, uri: str):
         self.plan, self.store = plan, Store(uri)
-        self.threads = plan.config.run.threads_per_worker
-        self.device = default_device()
-        self._lock = threading.Lock()
-        self._clock = threading.local()  # device seconds of the task that runs on a thread
-        with self._computing():
-            self.backbone = load_backbone(plan.config.backbone, self.device)
-            self.models = LoadedModels(self.device, self.backbone)
+        self.device = Device(default_device(), plan.config.run.threads_per_worker)
+        with self.device.computing():
+            self.backbone = load_backbone(plan.config.backbone, self.device.torch)
+            self.models = LoadedModels(self.device.torch, self.backbone)
             self._compare_models()
         self.dags = {
             name: Dag(plan.config, recipe, self.backbone, self.models)
@@ -80,7 +76,7 @@ class Worker:
 
     def run(self, task: Task) -> Receipt:
         """Carry out a task. Raises `UserError` for what a person must mend; others may be tried again."""
-        self._clock.seconds = 0.0
+        self.device.reset()
         match task:
             case InvertTask():
                 return self._invert(self.plan.by_id[task.stream], task.references)
@@ -108,7 +104,7 @@ class Worker:
         return made.image
 
     def environment(self) -> dict[str, str]:
-        return environment(self.device.type)
+        return environment(self.device.torch.type, str(self.backbone.dtype).removeprefix("torch."))
 
     def _compare_models(self) -> None:
         """Another node may have other files under the same name. Raises `UserError`."""
@@ -123,15 +119,6 @@ class Worker:
                     f"{name}: the worker on {platform.node()} has other model files ({here}) than the plan"
                     f" ({planned}); give all nodes the same, or run again if they just changed"
                 )
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        with self._lock:
-            # thread-local in torch, and a task may run on any thread
-            torch.set_num_threads(self.threads)
-            started = time.monotonic()
-            yield
-            self._clock.seconds = getattr(self._clock, "seconds", 0.0) + time.monotonic() - started
 
     # --- invert and prepare ------------------------------------------------------------------------------
 
@@ -148,11 +135,11 @@ class Worker:
         image_N3hw = self._images(references)
         padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
         assert recipe.invert is not None
-        with self._computing():
+        with self.device.computing():
             inverted, refused = invert_typical(
                 method_of("invert", recipe.invert),
                 self.backbone,
-                torch.cat([image_N3hw, padding]).to(self.device),
+                torch.cat([image_N3hw, padding]).to(self.device.torch),
                 stream.prompt,
             )
         z_BCHW = inverted.z_BCHW.float().cpu()
@@ -169,7 +156,7 @@ class Worker:
 
     def _prepare(self, stream: StreamPlan, kind: str) -> Receipt:
         dag = self.dags[stream.recipe]
-        with self._computing():
+        with self.device.computing():
             made = dag.prepare(stream, kind, self._images, self._seeds(stream.id) if stream.seeds else None)
         self.store.put_new(artifact_name(stream.artifacts[kind]), to_safetensors(made))
         return Done(1)
@@ -199,7 +186,7 @@ class Worker:
         committed = account(self.store, stream, task.unit)
         assert committed is not None  # written above, by this call or by another
         return UnitReceipt(
-            committed.outcomes, committed.environment, written > 0, self._clock.seconds, written
+            committed.outcomes, committed.environment, written > 0, self.device.seconds(), written
         )
 
     def _candidates(
@@ -214,7 +201,7 @@ class Worker:
             slots: list[int | None] = [None] * stream.batch
             for i in batch:
                 slots[i % stream.batch] = i if i in wanted else None
-            return dict(dag.run(stream, materials, slots, self._computing))
+            return dict(dag.run(stream, materials, slots, self.device.computing))
 
         try:
             return run(set(alive)) if alive else {}
@@ -272,9 +259,7 @@ class Worker:
             row["parents"] = [seeds.references[p].sha256 for p in chosen.parents] if chosen and seeds else []
             row["weights"] = list(chosen.weights) if chosen else []
             rows.append(row)
-        return to_parquet(
-            rows, tables.PART, {**described(stream), "environment": environment(self.device.type)}
-        )
+        return to_parquet(rows, tables.PART, {**described(stream), "environment": self.environment()})
 
     def _score(self, stream: StreamPlan, unit: int, chosen: FilterPlan) -> None:
         name = scores_name(stream, chosen, unit)
@@ -282,7 +267,7 @@ class Worker:
             return
         part = read_table(self.store, part_name(stream, unit), ["index", "image"])
         encoded = part.column("image").to_pylist()
-        columns = score(stream, self.models, encoded, chosen.method, self._computing)
+        columns = score(stream, self.models, encoded, chosen.method, self.device.computing)
         rows = [
             {"index": index, **{name: column[place] for name, column in columns.items()}}
             for place, index in enumerate(part.column("index").to_pylist())
@@ -299,7 +284,7 @@ class Worker:
         artifacts = {
             # seeds are combined on the CPU
             kind: {
-                name: tensor if kind == "combine" else tensor.to(self.device)
+                name: tensor if kind == "combine" else tensor.to(self.device.torch)
                 for name, tensor in read_tensors(self.store, artifact_name(artifact)).items()
             }
             for kind, artifact in stream.artifacts.items()

@@ -136,11 +136,16 @@ def to_uint8(image_B3hw: Float[Tensor, "B 3 h w"]) -> UInt8[np.ndarray, "B h w 3
 
     Raises `ValueError` when a value is not a number: there is no pixel for it.
     """
-    scaled_B3hw = image_B3hw.detach().float().clamp(-1, 1).add(1).mul(127.5).add(0.5).floor()
-    if scaled_B3hw.isnan().any():
-        rows = scaled_B3hw.isnan().flatten(1).any(1).nonzero().flatten().tolist()
+    if image_B3hw.isnan().any():
+        rows = image_B3hw.isnan().flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"images {rows} of the batch have values that are not numbers")
-    return scaled_B3hw.byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return to_pixels(image_B3hw).cpu().numpy()
+
+
+def to_pixels(image_B3hw: Float[Tensor, "B 3 h w"]) -> UInt8[Tensor, "B h w 3"]:
+    """The same of images without such values, left on their device."""
+    scaled_B3hw = image_B3hw.detach().float().clamp(-1, 1).add(1).mul(127.5).add(0.5).floor()
+    return scaled_B3hw.byte().permute(0, 2, 3, 1).contiguous()
 
 
 def encode(

@@ -42,7 +42,7 @@ def plane(plan: Any, uri: str, label: str, points: int) -> Image:
         filled = torch.cat([batch, batch[:1].expand(stream.batch - len(batch), -1, -1, -1)])
         image_B3hw = (
             worker.dags[stream.recipe]
-            .draw(stream, materials, [None] * stream.batch, filled.to(worker.device))
+            .draw(stream, materials, [None] * stream.batch, filled.to(worker.device.torch))
             .image_B3hw
         )
         for place, pixels_hw3 in enumerate(to_uint8(image_B3hw)[: len(batch)], start):

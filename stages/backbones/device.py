@@ -1,4 +1,4 @@
-"""Which device a worker computes on, and kernels that give the same bits every time."""
+"""Which device a worker computes on, in which precision, and kernels that give the same bits every time."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def default_device() -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     return torch.device("cuda")
+
+
+def precision_on(device: torch.device) -> torch.dtype:
+    """What networks compute in unless told: half precision on GPUs, bfloat16 where they have it."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

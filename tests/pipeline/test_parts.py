@@ -116,8 +116,8 @@ def test_a_newer_format_is_refused(store):
 
 
 def test_bytes_of_a_part_do_not_depend_on_what_its_file_is_called():
-    assert "hostname" not in parts.environment("cpu")
-    assert parts.environment("cpu")["device"].startswith("cpu ")
+    assert "hostname" not in parts.environment("cpu", "float32")
+    assert parts.environment("cpu", "float32")["device"].startswith("cpu ")
 
 
 def test_tensors_come_back(store):

@@ -95,7 +95,11 @@ def backbone_fingerprint(settings: BackboneSettings) -> str:
     folder = folder_of(settings)
     architecture = architecture_of(folder, f"backbone {settings.model}")
     used = files_used(folder, architecture, settings.variant)
-    identity: dict[str, Any] = {"files": files.hashes(folder, used), "dtype": settings.dtype}
+    identity: dict[str, Any] = {
+        "files": files.hashes(folder, used),
+        "dtype": settings.dtype,
+        "compile": settings.compile,
+    }
     if settings.unet is not None:
         identity["unet"] = list(files.hashes(unet_file(settings).parent, [unet_file(settings)]).values())
     if settings.decoder is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from schemas.errors import UserError
 from stages.backbones import files
-from stages.backbones.device import default_device
+from stages.backbones.device import default_device, precision_on
 from stages.backbones.diffusion.architectures import (
     Architecture,
     architecture_of,
@@ -39,10 +39,12 @@ def load_backbone(settings: BackboneSettings, device: torch.device | None = None
 
     what, folder = f"backbone {settings.model}", folder_of(settings)
     architecture = architecture_of(folder, what)
+    device = device or default_device()
+    dtype = precision_on(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     transformers.utils.logging.disable_progress_bar()
     try:
         with torch.inference_mode(False):
-            parts = _parts(settings, folder, architecture, what)
+            parts = _parts(settings, folder, architecture, dtype, what)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
@@ -52,7 +54,8 @@ def load_backbone(settings: BackboneSettings, device: torch.device | None = None
         ) from error
     common: dict[str, Any] = {
         "fingerprint": backbone_fingerprint(settings),
-        "device": device or default_device(),
+        "device": device,
+        "compile": settings.compile,
         "what": what,
     }
     match architecture.name:
@@ -66,11 +69,12 @@ def load_backbone(settings: BackboneSettings, device: torch.device | None = None
             return UnconditionalLatentDiffusion(**parts, **common)
 
 
-def _parts(settings: BackboneSettings, folder: Path, architecture: Architecture, what: str) -> dict[str, Any]:
+def _parts(
+    settings: BackboneSettings, folder: Path, architecture: Architecture, dtype: torch.dtype, what: str
+) -> dict[str, Any]:
     """The components from the files. Weights are mapped into memory, and read when they are first used."""
     import diffusers
 
-    dtype = getattr(torch, settings.dtype)
     # diffusers and transformers take the precision under different names
     weights: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": settings.variant}
     networks = {
@@ -93,7 +97,7 @@ def _parts(settings: BackboneSettings, folder: Path, architecture: Architecture,
             raise UserError(f"{what}: {file} does not fit its UNet: {files.first_line(error)}") from error
     autoencoder = diffusers.VQModel if architecture.vae == "vqvae" else diffusers.AutoencoderKL
     # SDXL's VAE says of itself that it overflows in float16
-    upcast = settings.dtype == "float16" and config_of(folder, architecture.vae).get("force_upcast", False)
+    upcast = dtype == torch.float16 and config_of(folder, architecture.vae).get("force_upcast", False)
     vae = network(autoencoder, folder / architecture.vae, torch.float32 if upcast else dtype, **weights)
     decoder = None
     if settings.decoder is not None:

@@ -2,6 +2,10 @@
 
 Weights are read as safetensors only, and no code that comes with a model is ever run.
 
+What makes it fast and leaves the images as they are but for rounding happens here, out of sight of methods:
+convolutions have their channels last in memory, GPUs run networks compiled, and a large batch is decoded in
+slices, for an image takes more memory there than anywhere else.
+
 Shape letters: B batch, C H W latent, h w image, L D text tokens and width, P pooled width.
 """
 
@@ -22,6 +26,9 @@ from stages.backbones.diffusion.text import TextEncoder
 from stages.contract import Text
 from stages.schedule import Schedule
 
+# Pixels that are decoded at once: eight images of 512 x 512.
+DECODED_PIXELS = 8 * 512 * 512
+
 
 class LatentDiffusion(ABC):
     """A network in the latent space of an autoencoder. Subclasses say how it reads texts and is asked."""
@@ -36,6 +43,7 @@ class LatentDiffusion(ABC):
         fingerprint: str,
         device: torch.device,
         what: str,
+        compile: bool = True,
         decoder: Any = None,
     ):
         channels = denoiser.config.in_channels
@@ -47,6 +55,10 @@ class LatentDiffusion(ABC):
         parts = [denoiser, vae, *(encoder.model for encoder in encoders), *([decoder] if decoder else [])]
         for part in parts:
             part.to(device).eval().requires_grad_(False)
+            if device.type == "cuda":  # elsewhere weights stay in the file's pages, which processes share
+                part.to(memory_format=torch.channels_last)
+        if compile and device.type == "cuda":
+            compile_networks(denoiser, vae.decoder if decoder is None else decoder)
         self.denoiser, self.vae, self._decoder, self._encoders = denoiser, vae, decoder, tuple(encoders)
         self._scale = vae.config.scaling_factor
         self._shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -83,24 +95,54 @@ class LatentDiffusion(ABC):
 
     def predict(self, z_BCHW: Float[Tensor, "B C H W"], t: float, text: Text) -> Float[Tensor, "B C H W"]:
         t_B = torch.full((len(z_BCHW),), t, device=self.device)
-        return self._ask(z_BCHW.to(self.dtype), t_B, text).to(z_BCHW.dtype)
+        output_BCHW = self._ask(channels_last(z_BCHW.to(self.dtype)), t_B, text)
+        return output_BCHW.to(z_BCHW.dtype, memory_format=torch.contiguous_format)
 
     @abstractmethod
     def _ask(self, z_BCHW: Tensor, t_B: Tensor, text: Text) -> Tensor:
         """The network's output."""
 
     def encode(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C H W"]:
-        latent_BCHW = self._encoded(image_B3hw.to(self.vae.dtype))
-        return (latent_BCHW.to(image_B3hw.dtype) - self._shift) * self._scale
+        latent_BCHW = self._encoded(channels_last(image_B3hw.to(self.vae.dtype)))
+        latent_BCHW = latent_BCHW.to(image_B3hw.dtype, memory_format=torch.contiguous_format)
+        return (latent_BCHW - self._shift) * self._scale
 
     def _encoded(self, image_B3hw: Tensor) -> Tensor:
         return self.vae.encode(image_B3hw).latent_dist.mean
 
     def decode(self, z_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         if self._decoder is not None:  # reads the scaled latents of its VAE
-            return self._decoder.decode(z_BCHW.to(self._decoder.dtype)).sample.to(z_BCHW.dtype)
-        latent_BCHW = z_BCHW / self._scale + self._shift
-        return self.vae.decode(latent_BCHW.to(self.vae.dtype)).sample.to(z_BCHW.dtype)
+            network, latent_BCHW = self._decoder, z_BCHW
+        else:
+            network, latent_BCHW = self.vae, z_BCHW / self._scale + self._shift
+        latent_BCHW = channels_last(latent_BCHW.to(network.dtype))
+        rows = slice_of(len(z_BCHW), DECODED_PIXELS // self.image_size**2)
+        slices = [network.decode(slice_BCHW).sample for slice_BCHW in latent_BCHW.split(rows)]
+        return torch.cat(slices).to(z_BCHW.dtype, memory_format=torch.contiguous_format)
+
+
+def channels_last(batch: Tensor) -> Tensor:
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def slice_of(batch: int, limit: int) -> int:
+    """The most rows up to `limit` that a batch falls into without remainder: another size has other bits."""
+    return max(rows for rows in range(1, max(min(batch, limit), 1) + 1) if batch % rows == 0)
+
+
+def compile_networks(*networks: torch.nn.Module) -> None:
+    """Let torch.compile have networks, each batch size by itself.
+
+    Sizes would share code if torch were left to it, and which do would depend on what a process saw first,
+    so that two workers could give other bits. For the same reason nothing is chosen by timing.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._inductor.config.deterministic = True
+    torch._dynamo.config.recompile_limit = 64  # sizes of a batch, with and without gradient
+    for network in networks:
+        network.compile(dynamic=False)
 
 
 class StableDiffusion(LatentDiffusion):

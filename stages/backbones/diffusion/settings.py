@@ -27,5 +27,9 @@ class BackboneSettings(Settings):
     """Lossy: a small decoder in place of the VAE's, a folder or hub id of an AutoencoderTiny
     (madebyollin/taesd for Stable Diffusion 1.x and 2.x, taesdxl, taesd3). Images are encoded by the VAE as
     before."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the networks. The sampler always computes in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the networks; auto: bfloat16 on GPUs that have it, float16 on older ones, float32 on CPUs.
+    The sampler always computes in float32."""
+    compile: bool = True
+    """Whether GPUs run the networks compiled, which takes a worker a minute or so for each size of batch,
+    once on a machine. CPUs never do."""

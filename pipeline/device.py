@@ -1,0 +1,88 @@
+"""A worker's device, which its threads share: one computes, while the others encode and commit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class Device:
+    """A device with a lock, and a clock for each thread."""
+
+    def __init__(self, device: torch.device, threads: int):
+        self.torch, self._threads = device, threads
+        self._lock = threading.Lock()
+        self._clock = threading.local()
+
+    def reset(self) -> None:
+        """Set the clock of this thread to zero."""
+        self._clock.seconds, self._clock.spans = 0.0, []
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Have the device. On a GPU the work may go on after the end: it is in a queue there."""
+        with self._lock:
+            # thread-local in torch, and a task may run on any thread
+            torch.set_num_threads(self._threads)
+            if not hasattr(self._clock, "spans"):
+                self.reset()
+            if self.torch.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._clock.spans.append((start, end))
+                start.record()
+                try:
+                    yield
+                finally:
+                    end.record()
+            else:
+                started = time.monotonic()
+                yield
+                self._clock.seconds += time.monotonic() - started
+
+    def seconds(self) -> float:
+        """What the device worked for this thread since its clock was reset."""
+        for start, end in self._clock.spans:
+            end.synchronize()
+            self._clock.seconds += start.elapsed_time(end) / 1000
+        self._clock.spans.clear()
+        return self._clock.seconds
+
+
+class Returning:
+    """Tensors on their way from the device to the CPU.
+
+    On a GPU they have a stream of their own: what is put into the queue after them does not hold them up.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self._done: torch.cuda.Event | None = None
+        if all(tensor.device.type != "cuda" for tensor in tensors):
+            self._there = tensors
+            return
+        device = tensors[0].device
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._there = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+        for tensor in tensors:  # its memory may be given to others when both streams are through with it
+            if tensor.device.type == "cuda":
+                tensor.record_stream(stream)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors on the CPU."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._there
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
