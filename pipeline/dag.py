@@ -286,8 +286,14 @@ def in_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def out_of_memory(stream: StreamPlan, error: Exception) -> UserError | None:
     """What to tell the user when the device's memory did not suffice; None for any other error."""
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error):
-        smaller = max(stream.batch // 2, 1)
+    lacking = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    if lacking or "can't allocate memory" in str(error):
+        if stream.batch == 1:
+            return UserError(
+                f"recipe {stream.recipe!r}: out of memory at batch 1; use a device with more memory,"
+                " backbone.dtype bfloat16 or float16, or a smaller model"
+            )
+        smaller = max(n for n in range(1, stream.batch) if stream.unit % n == 0)
         return UserError(
             f"recipe {stream.recipe!r}: out of memory at batch {stream.batch};"
             f" set recipes.{stream.recipe}.batch={smaller} (which makes other images)"

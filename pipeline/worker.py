@@ -77,6 +77,15 @@ class Worker:
     def run(self, task: Task) -> Receipt:
         """Carry out a task. Raises `UserError` for what a person must mend; others may be tried again."""
         self.device.reset()
+        try:
+            return self._carry_out(task)
+        except Exception as error:
+            stream = None if isinstance(task, PackTask) else self.plan.by_id[task.stream]
+            if stream and (told := out_of_memory(stream, error)):
+                raise told from error
+            raise
+
+    def _carry_out(self, task: Task) -> Receipt:
         match task:
             case InvertTask():
                 return self._invert(self.plan.by_id[task.stream], task.references)
@@ -206,9 +215,7 @@ class Worker:
         try:
             return run(set(alive)) if alive else {}
         except Exception as error:
-            if told := out_of_memory(stream, error):
-                raise told from error
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) or out_of_memory(stream, error):
                 raise
         made: dict[int, Candidate | Exception] = {}
         for i in alive:

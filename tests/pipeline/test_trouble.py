@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.dag import out_of_memory
 from schemas.errors import Interrupted, UserError
 from stages.contract import Generated
-from tests.local_build import accounts, config, fresh, rows, run
+from tests.local_build import HASH, accounts, config, fresh, rows, run
 from tests.small_build import Sketch, parts_of, sketch_recipe
 
 pytestmark = pytest.mark.usefixtures("one_backbone")
@@ -92,10 +94,47 @@ def test_an_image_that_shows_nothing_is_a_failure(tmp_path, monkeypatch, picture
     assert all(wanted in row["error"] for row in rows(tmp_path / "out") if row["status"] == "failed")
 
 
-def test_out_of_memory_names_the_batch_to_set(tmp_path, trouble):
-    trouble(*[torch.cuda.OutOfMemoryError("no more")] * 9)
+@pytest.mark.parametrize(
+    "lack",
+    [
+        torch.cuda.OutOfMemoryError("no more"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda lack: type(lack).__name__,
+)
+def test_out_of_memory_names_the_batch_to_set_and_loses_nothing(tmp_path, trouble, lack):
+    path = config(tmp_path, **ONE)
+    other = fresh(tmp_path, path)[0].manifest
+    trouble(None, None, None, *[lack] * 9)  # the first unit is made, and half of the second
     with pytest.raises(UserError, match=r"out of memory at batch 2; set recipes\.plain\.batch=1"):
-        run(config(tmp_path, **ONE))
+        run(path)
+    parts = parts_of(tmp_path / "out")
+    assert len(parts) == 1
+    trouble()
+    assert run(path).manifest == other
+    assert parts < parts_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("unit", "batch", "smaller"), [(12, 6, 4), (5, 5, 1), (16, 16, 8), (6, 3, 2)])
+def test_the_batch_to_set_is_one_that_a_unit_can_have(unit, batch, smaller):
+    stream = SimpleNamespace(unit=unit, batch=batch, recipe="plain")
+    told = out_of_memory(stream, MemoryError())
+    assert f"recipes.plain.batch={smaller} " in str(told)
+    assert "more memory" in str(out_of_memory(SimpleNamespace(batch=1, recipe="plain"), MemoryError()))
+
+
+def test_out_of_memory_while_scoring_names_the_batch_too(tmp_path, monkeypatch):
+    def lacking(self, models, image_B3hw, question):
+        raise torch.cuda.OutOfMemoryError("no more")
+
+    path = config(tmp_path, filter=[HASH], **ONE)
+    other = fresh(tmp_path, path)[0].manifest
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.small_build.HashFilter.score", lacking)
+        with pytest.raises(UserError, match=r"out of memory at batch 2; set recipes\.plain\.batch=1"):
+            run(path)
+    assert run(path).manifest == other
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5])
