@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from jobs import build, init, pack, plan, reproduce, schema, show, status, verify
+from jobs.benchmarks.generate import generate
 from jobs.benchmarks.genie import genie
 from jobs.benchmarks.nao import nao
 from jobs.benchmarks.overhead import overhead
@@ -35,6 +36,7 @@ app.command("train-traversal")(train_traversal)
 benchmarks = typer.Typer(help="Measure what the product promises, on this machine.", no_args_is_help=True)
 benchmarks.command("overhead")(overhead)
 benchmarks.command("nao")(nao)
+benchmarks.command("generate")(generate)
 benchmarks.command("genie")(genie)
 benchmarks.command("peer")(peer)
 app.add_typer(benchmarks, name="benchmark")

@@ -103,7 +103,12 @@ NAMES = ("tangram", *SHAPES)
 
 
 def model(
-    name: str, device: torch.device, dtype: torch.dtype, shapes: Mapping[str, Shape] = SHAPES
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Mapping[str, Shape] = SHAPES,
+    *,
+    compile: bool = True,
 ) -> LatentDiffusion:
     """The backbone of that name: tangram as it is, any other with random weights, made on the device."""
     import torch
@@ -114,7 +119,7 @@ def model(
 
     precision: Any = str(dtype).removeprefix("torch.")
     if name == "tangram":
-        return load_backbone(BackboneSettings(dtype=precision), device)  # type: ignore[return-value]
+        return load_backbone(BackboneSettings(dtype=precision, compile=compile), device)  # type: ignore[return-value]
     if name not in shapes:
         raise UserError(f"no model {name!r}; allowed: {', '.join(('tangram', *shapes))}")
     shape = shapes[name]
@@ -134,6 +139,7 @@ def model(
         schedule=_schedule(shape),
         fingerprint=f"random {name} {precision}",
         device=device,
+        compile=compile,
         what=name,
         **({"zeros_for_no_words": False} if shape.kind == "sdxl" else {}),
     )
