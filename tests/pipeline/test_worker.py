@@ -21,7 +21,7 @@ def test_the_device_is_free_while_images_are_encoded_and_decoded(tmp_path, monke
         original = getattr(owner, name)
 
         def watched(*arguments):
-            held.setdefault(name, set()).add(worker._lock.locked())
+            held.setdefault(name, set()).add(worker.device._lock.locked())
             return original(*arguments)
 
         monkeypatch.setattr(owner, name, watched)

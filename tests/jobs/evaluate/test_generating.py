@@ -66,7 +66,7 @@ def test_rare_classes_are_measured_with_and_without_seedselect(seedloom, tmp_pat
     ended = seedloom("evaluate", "rare", *LOCAL, "--out", tmp_path, "--class", "circle", "--class", RARE[0])
     assert ended.code == 0, ended.err
     found = _figures(tmp_path / "rare.parquet")
-    assert {t for t, _, _ in found} == {"many", "few", "all", "iterations to acceptance"}
+    assert {t for t, _, _ in found} == {"many", "few", "all", "iterations to acceptance", "few, 3 images a class"}
     both = [*STARTS, *(start + REFINED for start in STARTS)]
     for row in both:
         assert {m for t, r, m in found if (t, r) == ("few", row)} >= {
@@ -75,6 +75,8 @@ def test_rare_classes_are_measured_with_and_without_seedselect(seedloom, tmp_pat
             "s_generate",
         }
         assert ("all", row, "accuracy") in found
+    for row in (PLAIN, PLAIN + REFINED):
+        assert ("few, 3 images a class", row, "accuracy") in found
     assert ("few", PLAIN + PUBLISHED, "accuracy") in found
     assert ("all", PLAIN + PUBLISHED, "accuracy") not in found  # it is made for rare classes alone
     refined, plain = (found["few", row, "s_generate"] for row in ("nao path" + REFINED, "nao path"))
