@@ -22,6 +22,7 @@ def plan(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> N
 
 def describe(config: Any) -> dict[str, Any]:
     """The plan as plain data."""
+    from pipeline.batches import undecided
     from pipeline.build import resolve, survey
     from pipeline.ledger import existing
 
@@ -59,6 +60,7 @@ def describe(config: Any) -> dict[str, Any]:
     return {
         "build": made.build_id,
         "complete": manifest is not None,
+        "undecided": sorted(undecided(made)),
         "references": made.lock.account(),
         "streams": streams,
         "seeds_to_invert": _seeds_missing(store, made),
@@ -126,6 +128,11 @@ def _print(facts: dict[str, Any]) -> None:
                 f"warning: {s['target']} / {s['recipe']} asks for {s['quota']} images, but a unit makes"
                 f" more than twice as many; set recipes.{s['recipe']}.unit lower"
             )
+    for name in facts["undecided"]:
+        console.print(
+            f"recipe {name}: batch auto is chosen when the build starts; until then it cannot be known"
+            " what is there already, and the build has another name"
+        )
     state = "complete, nothing to do" if facts["complete"] else "not complete"
     console.print(f"build {facts['build']}: {state}")
 

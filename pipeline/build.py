@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import pack, parts
+from pipeline.batches import decided, undecided
 from pipeline.config import BuildConfig
 from pipeline.goals import settle
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
@@ -28,6 +29,7 @@ from pipeline.select import Selection, Stream
 from pipeline.store import Store
 from pipeline.tasks import (
     AssessTask,
+    BatchTask,
     Done,
     InvertTask,
     PrepareTask,
@@ -70,7 +72,7 @@ def resolve(config: BuildConfig) -> tuple[Store, Plan]:
     """Look at the references and plan. Writes nothing."""
     store = Store(config.output)
     lock = scan(config.references, store)
-    return store, make_plan(settle(config, lock), lock)
+    return store, make_plan(decided(settle(config, lock), store), lock)
 
 
 def survey(store: Store, plan: Plan) -> State:
@@ -94,6 +96,9 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
     """Make the dataset, or what is missing of it. Raises `UserError`, `Interrupted`."""
     started = time.time()
     store, plan = resolve(config)
+    if undecided(plan):
+        _choose_batches(store, plan, telemetry, make_runner)
+        store, plan = resolve(config)
     if manifest := existing(store, plan):
         record(store, manifest)
         return Result(manifest, plan.build_folder, made=False)
@@ -174,6 +179,21 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in plan.streams if s.seeds}
     manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
     return Result(manifest, plan.build_folder, made=True)
+
+
+def _choose_batches(
+    store: Store, plan: Plan, telemetry: Telemetry, make_runner: Callable[[Plan, str], Runner]
+) -> None:
+    """Let workers of the provisional plan commit the batches that it waits for."""
+    store.probe()
+    streams = undecided(plan)
+    telemetry.say(f"batch auto: trying what fits for {', '.join(sorted(streams))}")
+    try:
+        with make_runner(plan, plan.config.output) as runner:
+            keep(plan.config.references, store, plan.used_references())
+            _run_list(runner, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing is lost. Run the same command again to go on") from None
 
 
 def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]) -> None:

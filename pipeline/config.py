@@ -138,14 +138,17 @@ class Recipe(Settings):
     """Replaces the build's filters for this recipe."""
     unit: int = Field(default=16, ge=1)
     """Candidates in a unit, the atom of work, retry and commit."""
-    batch: int = Field(default=8, ge=1)
-    """Candidates that go through the models together; every call has exactly this shape."""
+    batch: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"], _or_else("auto, or a whole number from 1 up")
+    ] = 8
+    """Candidates that go through the models together; every call has exactly this shape. auto: the
+    largest that runs, tried once and kept in the store; at most 8 on a CPU, 64 on a GPU, and a unit."""
 
     _filters = field_validator("filter")(_one_of_each)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.unit % self.batch:
+        if self.batch != "auto" and self.unit % self.batch:
             raise PydanticCustomError(
                 "said", "unit must be a multiple of batch, given unit {u} and batch {b}",
                 {"u": self.unit, "b": self.batch},

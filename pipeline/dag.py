@@ -180,7 +180,7 @@ class Dag:
         if kind == "combine":
             assert seeds is not None
             assert self.combine is not None
-            return self.combine.prepare(self._inverter(stream), read(seeds.references), seeds.z_KCHW)
+            return self.combine.prepare(self.inverter(stream), read(seeds.references), seeds.z_KCHW)
         material = Material(
             image_N3hw=read(stream.references).to(self.backbone.device),
             target=stream.question.target,
@@ -190,7 +190,7 @@ class Dag:
         )
         return getattr(self, kind).prepare(self.backbone, self.models, material)
 
-    def _inverter(self, stream: StreamPlan) -> Callable[[Tensor], Tensor]:
+    def inverter(self, stream: StreamPlan) -> Callable[[Tensor], Tensor]:
         """Inverts any number of images as the recipe inverts its references, in its device batches."""
         assert self.recipe.invert is not None  # Recipe fills it in
         invert = method_of("invert", self.recipe.invert)

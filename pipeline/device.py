@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,26 @@ class Device:
                 started = time.monotonic()
                 yield
                 self._clock.seconds += time.monotonic() - started
+
+    @contextmanager
+    def trying(self, share: float) -> Iterator[None]:
+        """Find out what fits: with this share of the device's memory at most, and nothing compiled for it."""
+        if self.torch.type != "cuda":
+            yield
+            return
+        torch.cuda.set_per_process_memory_fraction(share, self.torch)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch)
+            self.release()
+
+    def release(self) -> None:
+        """Give back memory that nothing uses."""
+        gc.collect()
+        if self.torch.type == "cuda":
+            torch.cuda.empty_cache()
 
     def seconds(self) -> float:
         """What the device worked for this thread since its clock was reset."""

@@ -149,6 +149,11 @@ def make_plan(config: BuildConfig, lock: Lock) -> Plan:
     return Plan(build_id, config, lock, tuple(streams), classes, dict(sorted(known.used.items())))
 
 
+def _batch(recipe: Recipe) -> int:
+    """The device batch; as long as it is to be chosen, one."""
+    return 1 if recipe.batch == "auto" else recipe.batch
+
+
 class _Known:
     """What a plan knows of config, references and models, and the fingerprints that it takes of them."""
 
@@ -195,7 +200,7 @@ class _Known:
             quota=quota,
             max_units=math.ceil(quota * goal.target.attempts / recipe.unit),
             unit=recipe.unit,
-            batch=recipe.batch,
+            batch=_batch(recipe),
             filters=filters,
             **ids,
         )
@@ -260,7 +265,9 @@ class _Known:
     ) -> dict[str, Any]:
         """Fingerprints of seeds, artifacts and parts: each covers all that its bytes depend on."""
         hashes = [r.sha256 for r in references]
-        common = {"format": VERSION, "backbone": self.backbone, "prompt": prompt, "batch": recipe.batch}
+        # what a class has once is made from its references one by one, whatever the batch
+        once = {"format": VERSION, "backbone": self.backbone, "prompt": prompt}
+        common = {**once, "batch": _batch(recipe)}
         seeds = None
         if recipe.combine is not None:
             assert recipe.invert is not None  # Recipe fills it in
@@ -274,8 +281,10 @@ class _Known:
             models = {} if kind == "combine" else self._model_ids(method)
             stages[kind] = {**method.identity(), "models": models}
             if (made := method.prepared()) is not None:
-                made_from = {"references": hashes, "seeds": seeds if kind == "combine" else None}
-                artifacts[kind] = fingerprint({**common, **made_from, "models": models, "made": dict(made)})
+                made_from = {**once, "references": hashes, "models": models, "made": dict(made)}
+                if kind == "combine":
+                    made_from |= {**common, "seeds": seeds}
+                artifacts[kind] = fingerprint(made_from)
         parts = fingerprint(
             {
                 **common,

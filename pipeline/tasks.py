@@ -1,8 +1,8 @@
 """The units of work that a runner carries to workers, and the receipts that come back.
 
-Six kinds: invert, assess (the seeds of a class), prepare, unit (generate and score), probe (one suspect
-alone), pack. A task is small and
-can be run any number of times: its result is put if absent, and a receipt is read from what was committed.
+Seven kinds: batch (choose one), invert, assess (the seeds of a class), prepare, unit (generate and score),
+probe (one suspect alone), pack. A task is small and can be run any number of times: its result is put if
+absent, and a receipt is read from what was committed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from schemas.records import Reference
+
+
+@dataclass(frozen=True)
+class BatchTask:
+    """Try device batches and commit the largest that runs."""
+
+    stream: str  # any stream of the recipe
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,14 @@ class PackTask:
     shards: tuple[tuple[Row, ...], ...]
 
 
-Task = InvertTask | AssessTask | PrepareTask | UnitTask | ProbeTask | PackTask
+Task = BatchTask | InvertTask | AssessTask | PrepareTask | UnitTask | ProbeTask | PackTask
 
 
 @dataclass(frozen=True)
 class Done:
     """Receipt of a task of which nothing but its completion is of interest."""
 
-    items: int  # seeds or artifacts
+    items: int  # seeds, artifacts or batches
 
 
 @dataclass(frozen=True)

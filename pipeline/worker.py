@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline import pack
+from pipeline import batches, pack
 from pipeline.config import method_of
 from pipeline.dag import Candidate, Dag, Materials, in_batches, out_of_memory, score
 from pipeline.device import Device
@@ -26,6 +27,7 @@ from pipeline.seeds import Seeds, assess, load_seeds, seed_name
 from pipeline.store import Store
 from pipeline.tasks import (
     AssessTask,
+    BatchTask,
     Done,
     InvertTask,
     PackTask,
@@ -52,6 +54,9 @@ from stages.invert.gate import invert_typical
 def artifact_name(artifact: str) -> str:
     return f"artifacts/{artifact}/artifact.safetensors"
 
+
+# Of a GPU's memory, what a batch that is chosen may take: a build finds less of it free than a trial does.
+MEMORY_SHARE = 0.85
 
 # So many candidates of a unit, all of them failed, say that the method is at fault and not they.
 TELLING = 4
@@ -87,6 +92,8 @@ class Worker:
 
     def _carry_out(self, task: Task) -> Receipt:
         match task:
+            case BatchTask():
+                return self._choose_batch(self.plan.by_id[task.stream])
             case InvertTask():
                 return self._invert(self.plan.by_id[task.stream], task.references)
             case AssessTask():
@@ -129,7 +136,49 @@ class Worker:
                     f" ({planned}); give all nodes the same, or run again if they just changed"
                 )
 
-    # --- invert and prepare ------------------------------------------------------------------------------
+    # --- batch, invert and prepare -----------------------------------------------------------------------
+
+    def _choose_batch(self, stream: StreamPlan) -> Receipt:
+        for kind, artifact in stream.artifacts.items():
+            # what the methods learned of the class does not depend on the batch, so it is kept
+            if kind != "combine" and not self.store.exists(artifact_name(artifact)):
+                self._prepare(stream, kind)
+        lacking: list[Exception] = []
+
+        def runs(size: int) -> bool:
+            tried = replace(stream, batch=size)
+            try:
+                self._try(tried)
+            except Exception as error:
+                if out_of_memory(tried, error) is None:
+                    raise
+                lacking.append(error.with_traceback(None))  # its frames hold what filled the memory
+            else:
+                return True
+            self.device.release()
+            return False
+
+        with self.device.trying(MEMORY_SHARE * min(1.0, self.plan.config.run.gpus_per_worker)):
+            batch = batches.largest(batches.sizes(stream.unit, self.device.torch.type), runs)
+        if batch is None:
+            raise lacking[-1]
+        batches.keep_batch(self.store, self.plan, stream, batch, self.environment())
+        return Done(1)
+
+    def _try(self, stream: StreamPlan) -> None:
+        """Invert, combine, refine and generate one device batch, of noise in place of the class's seeds."""
+        dag, seeds, combining = self.dags[stream.recipe], None, dict[str, Tensor]()
+        if stream.seeds:
+            shape = (len(stream.references), *self.backbone.latent_shape)
+            noise_KCHW = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            seeds = Seeds(stream.references, noise_KCHW, ())
+            with self.device.computing():
+                dag.inverter(stream)(self._images(stream.references[:1]))
+                if "combine" in stream.artifacts:
+                    combining = dag.prepare(stream, "combine", self._images, seeds)
+        artifacts = {kind: self._artifact(stream, kind) for kind in stream.artifacts if kind != "combine"}
+        materials = Materials(seeds, {**artifacts, "combine": combining}, self._images)
+        dag.run(stream, materials, range(stream.batch), self.device.computing)
 
     def _images(self, references: Sequence[Reference]) -> Tensor:
         pixels = [
@@ -288,15 +337,13 @@ class Worker:
 
     def _load_materials(self, stream_id: str) -> Materials:
         stream = self.plan.by_id[stream_id]
-        artifacts = {
-            # seeds are combined on the CPU
-            kind: {
-                name: tensor if kind == "combine" else tensor.to(self.device.torch)
-                for name, tensor in read_tensors(self.store, artifact_name(artifact)).items()
-            }
-            for kind, artifact in stream.artifacts.items()
-        }
+        artifacts = {kind: self._artifact(stream, kind) for kind in stream.artifacts}
         return Materials(self._seeds(stream_id) if stream.seeds else None, artifacts, self._images)
+
+    def _artifact(self, stream: StreamPlan, kind: str) -> dict[str, Tensor]:
+        made = read_tensors(self.store, artifact_name(stream.artifacts[kind]))
+        # seeds are combined on the CPU
+        return {n: made[n] if kind == "combine" else made[n].to(self.device.torch) for n in made}
 
 
 def describe(error: Exception) -> str:
