@@ -215,7 +215,9 @@ class Worker:
     def _prepare(self, stream: StreamPlan, kind: str) -> Receipt:
         dag = self.dags[stream.recipe]
         with self.device.computing():
-            made = dag.prepare(stream, kind, self._images, self._seeds(stream.id) if stream.seeds else None)
+            made = dag.prepare(
+                stream, kind, self._images, self._seeds(stream.id) if kind == "combine" else None
+            )
         self.store.put_new(artifact_name(stream.artifacts[kind]), to_safetensors(made))
         return Done(1)
 

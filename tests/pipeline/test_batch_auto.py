@@ -113,9 +113,7 @@ def test_each_recipe_has_its_own_answer_and_one_that_names_its_batch_none(tmp_pa
     }
 
 
-def test_a_recipe_with_seeds_and_a_refinement_is_tried_whole_and_learns_once(
-    tmp_path, references, monkeypatch
-):
+def test_seeds_and_a_refinement_are_tried_too_and_learn_once(tmp_path, references, monkeypatch):
     """The trial needs seeds and artifacts, and the artifact that it makes is the one that the build uses."""
     from stages.refine.seedselect import SeedSelect
 
@@ -125,7 +123,8 @@ def test_a_recipe_with_seeds_and_a_refinement_is_tried_whole_and_learns_once(
         SeedSelect, "prepare", lambda self, *given: learned.append(1) or prepare(self, *given)
     )
     refine = {"method": "seedselect", "iterations": 1, "gradient": "one_step"}
-    recipe = seeds_recipe(refine=refine, unit=2, batch="auto")
+    generate = {"method": "text_to_image", "steps": 3, "guidance": 1}
+    recipe = seeds_recipe(generate=generate, refine=refine, unit=2, batch="auto")
     path = config(tmp_path, references, recipes={"mixed": recipe}, filter=[],
                   targets=[{"classes": ["circle"], "accepted": 2}])  # fmt: skip
     auto_made = run(path)
