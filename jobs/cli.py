@@ -12,6 +12,7 @@ from jobs.benchmarks.overhead import overhead
 from jobs.benchmarks.peer import peer
 from jobs.entry import guarded
 from jobs.evaluate import evaluations
+from jobs.report import report
 from jobs.train_tangram import train_tangram
 from jobs.train_traversal import train_traversal
 
@@ -28,6 +29,7 @@ app.command("status")(status.status)
 app.command("verify")(verify.verify)
 app.command("pack")(pack.pack)
 app.command("show")(show.show)
+app.command("report")(report)
 app.command("reproduce")(reproduce.reproduce)
 app.command("schema")(schema.schema)
 app.command("train-tangram")(train_tangram)

@@ -12,21 +12,24 @@ from jobs.options import BuildId, Uri
 
 def reproduce(
     uri: Uri,
-    key: Annotated[str, typer.Argument(metavar="KEY", help="The key of a sample, as in the shards.")],
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="The key of a sample, as in the shards, or of any candidate.")
+    ],
     build: BuildId = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the image that was made again to this file.")
     ] = None,
 ) -> None:
-    """Run the device batch of one sample again and say whether its bytes agree. Exit code 1 if not."""
+    """Run the device batch of one candidate again and say whether its bytes agree. Exit code 1 if not."""
     from pipeline.ledger import named, replan
     from pipeline.store import Store
     from pipeline.worker import Worker
 
     store = Store(uri)
     manifest = named(store, build)
-    row = find(store, manifest, key)
-    worker = Worker(replan(store, manifest), uri)
+    plan = replan(store, manifest)
+    row = find(store, manifest, plan, key)
+    worker = Worker(plan, uri)
     image = worker.remake(row["stream"], row["index"])
     if out is not None:
         out.write_bytes(image)
@@ -47,11 +50,12 @@ def reproduce(
     raise typer.Exit(1)
 
 
-def find(store: Any, manifest: Any, key: str) -> dict[str, Any]:
-    """The Parquet row of a sample, with the stored image bytes. Raises `UserError`."""
+def find(store: Any, manifest: Any, plan: Any, key: str) -> dict[str, Any]:
+    """The Parquet row of a sample or of any other candidate, with the stored image. Raises `UserError`."""
     import pyarrow.compute as pc
 
-    from pipeline.parts import read_table
+    from pipeline.pack import read_unit
+    from pipeline.parts import part_name, read_table
     from schemas.errors import UserError
 
     for shard in manifest.shards:
@@ -60,7 +64,17 @@ def find(store: Any, manifest: Any, key: str) -> dict[str, Any]:
         for row in table.filter(pc.field("key") == key).to_pylist():
             row["image"] = store.get_range(f"{base}.tar", row["offset"], row["length"])
             return row
-    raise UserError(f"{key!r}: no such sample in build {manifest.build_id}; keys are in its Parquet files")
+    for stream in plan.streams:  # what was not accepted is in its part alone
+        index = int(number) if (number := key.rsplit("-", 2)[-2:][0]).isdecimal() else -1
+        unit = index // stream.unit
+        if index >= 0 and stream.key(index) == key and store.exists(part_name(stream, unit)):
+            row = read_unit(store, plan, stream.id, unit)[index % stream.unit]
+            if row["image"] is None:
+                raise UserError(f"{key!r}: failed ({row['error']}), so there is no image to compare with")
+            return row
+    raise UserError(
+        f"{key!r}: no such candidate in build {manifest.build_id}; keys are in its Parquet files and its report"
+    )
 
 
 if __name__ == "__main__":
