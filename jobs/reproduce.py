@@ -73,7 +73,7 @@ def find(store: Any, manifest: Any, plan: Any, key: str) -> dict[str, Any]:
                 raise UserError(f"{key!r}: failed ({row['error']}), so there is no image to compare with")
             return row
     raise UserError(
-        f"{key!r}: no such candidate in build {manifest.build_id}; keys are in its Parquet files and its report"
+        f"{key!r}: no such candidate in build {manifest.build_id}; its Parquet files have the keys"
     )
 
 

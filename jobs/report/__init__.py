@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -39,11 +38,9 @@ def report(
     gathered = gather(store, plan, None if pages == "all" else int(pages))
     possible = max(1, -(-gathered.total // CARDS))
     written = possible if pages == "all" else min(int(pages), possible)
-    names = [
-        out if number == 1 else out.with_stem(f"{out.stem}-{number}") for number in range(1, written + 1)
-    ]
+    names = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(2, written + 1))]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for number, name in zip(count(), names, strict=False):
+    for number, name in enumerate(names):
         shown = gathered.places[number * CARDS : (number + 1) * CARDS]
         found = cards(store, uri, manifest, plan, shown)
         page = render(store, manifest, plan, gathered, found, number, [n.name for n in names])

@@ -49,7 +49,7 @@ class Place:
 
 @dataclass
 class Histogram:
-    """Values of one score, of accepted candidates and of the others, and the thresholds it was held against."""
+    """Values of one score, of accepted candidates and of the others, and the thresholds of filters."""
 
     accepted: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
@@ -215,7 +215,7 @@ def cards(store: Store, uri: str, manifest: Manifest, plan: Plan, places: Sequen
 
 
 def _references(plan: Plan, places: Sequence[Place]) -> list[str]:
-    """References to be shown: first what these candidates come from, then others of their classes, by turns."""
+    """References to be shown: what these candidates come from, then others of their classes by turns."""
     used = [d for p in places for d in (*p.row["parents"], *([p.row["source"]] if p.row["source"] else []))]
     classes = sorted({p.stream.label for p in places})
     own = [plan.lock.classes.get(label, ()) for label in classes]
