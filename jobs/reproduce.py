@@ -64,10 +64,11 @@ def find(store: Any, manifest: Any, plan: Any, key: str) -> dict[str, Any]:
         for row in table.filter(pc.field("key") == key).to_pylist():
             row["image"] = store.get_range(f"{base}.tar", row["offset"], row["length"])
             return row
+    number = ["", *key.split("-")][-2]
+    index = int(number) if number.isdecimal() else 0
     for stream in plan.streams:  # what was not accepted is in its part alone
-        index = int(number) if (number := key.rsplit("-", 2)[-2:][0]).isdecimal() else -1
         unit = index // stream.unit
-        if index >= 0 and stream.key(index) == key and store.exists(part_name(stream, unit)):
+        if stream.key(index) == key and store.exists(part_name(stream, unit)):
             row = read_unit(store, plan, stream.id, unit)[index % stream.unit]
             if row["image"] is None:
                 raise UserError(f"{key!r}: failed ({row['error']}), so there is no image to compare with")

@@ -5,6 +5,7 @@
   const $ = (id) => document.getElementById(id);
   const PER_VIEW = 60;
   const SHOWN_TARGETS = 40;
+  const REFERENCES = 24;
   const VERDICTS = ["accepted", "rejected", "surplus", "failed"];
 
   const element = (tag, properties = {}, ...children) => {
@@ -60,16 +61,26 @@
     const found = data.scores[name];
     const thresholds = found.thresholds.length ? `Threshold: ${found.thresholds.join(", ")}.` : "Rejects nothing.";
     $("score-note").textContent = `${name}, over all candidates of the build that have it. ${thresholds}`;
+    const bars = (counts) => found.centres.map((x, n) => ({ x, y: counts[n] }));
+    const highest = Math.max(1, ...found.accepted.map((n, i) => n + found.others[i]));
     chart("scores-chart", `Histogram of ${name}`, () => ({
       type: "bar",
       data: {
-        labels: found.centres,
         datasets: [
-          { label: "accepted", data: found.accepted, backgroundColor: colour("accepted") },
-          { label: "not accepted", data: found.others, backgroundColor: colour("rejected") },
-        ].map((set) => ({ ...set, categoryPercentage: 1, barPercentage: 0.95 })),
+          ...found.thresholds.map((t) => ({
+            type: "line", label: `threshold ${t}`, data: [{ x: t, y: 0 }, { x: t, y: highest }], stack: `${t}`,
+            borderColor: colour("ink"), backgroundColor: colour("ink"), borderDash: [5, 4], pointRadius: 0,
+          })),
+          { label: "accepted", data: bars(found.accepted), backgroundColor: colour("accepted"), stack: "bars" },
+          { label: "not accepted", data: bars(found.others), backgroundColor: colour("rejected"), stack: "bars" },
+        ].map((set) => ({ ...set, categoryPercentage: 1, barPercentage: 0.95, grouped: false })),
       },
-      options: { scales: { x: { stacked: true, ...titled(name) }, y: { stacked: true, ...titled("candidates") } } },
+      options: {
+        scales: {
+          x: { type: "linear", stacked: true, offset: false, ...titled(name) },
+          y: { stacked: true, ...titled("candidates") },
+        },
+      },
     }));
   }
 
@@ -137,15 +148,18 @@
   }
 
   function strip(target) {
-    const label = data.targets.find((t) => t.target === target)?.class;
-    const digests = (data.classes[label] ?? []).slice(0, 24);
-    const pictures = digests.map((d) => element("img", { src: data.references[d], alt: `reference of ${label}` }));
+    const labels = unique(data.targets.filter((t) => !target || t.target === target).map((t) => t.class));
+    const pictures = [];
+    for (let n = 0; n < REFERENCES && pictures.length < REFERENCES; n += 1) {
+      labels.filter((label) => data.classes[label]?.[n]).forEach((label) => pictures.push(
+        element("img", { src: data.references[data.classes[label][n]], alt: `reference of ${label}`, title: label })));
+    }
     $("references").replaceChildren(...(pictures.length ? [element("span", { textContent: "References" }), ...pictures] : []));
   }
 
   function grid() {
     const tiles = shown.slice(view * PER_VIEW, (view + 1) * PER_VIEW).map((card, n) => {
-      const reason = card.verdict === "rejected" ? card.rule : "";
+      const reason = card.verdict === "rejected" || card.verdict === "failed" ? card.reason : "";
       const tile = element("button", { type: "button", className: `tile ${card.verdict}` },
         picture(card), element("b", { textContent: card.target }),
         element("span", { textContent: [card.verdict, reason].filter(Boolean).join(": ") }));

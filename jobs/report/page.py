@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pipeline.store import Store
     from schemas.manifest import Manifest
 
+PHASES = ("start", "invert", "assess", "prepare", "generate", "pack")
+
 # Nothing is loaded, from wherever the page is opened; what the page brings with it may run.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -53,7 +55,7 @@ def render(
             "targets": targets(manifest),
             "scores": {name: histogram.binned() for name, histogram in gathered.scores.items()},
             "seeds": seeds(store, plan),
-            "seconds": run.get("seconds", {}),
+            "seconds": {name: run["seconds"][name] for name in PHASES if name in run.get("seconds", {})},
             "axes": trace_axis(plan),
         },
     )
