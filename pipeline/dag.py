@@ -258,7 +258,7 @@ def norm_ratio(z_CHW: Tensor) -> float:
 def score(
     stream: StreamPlan,
     models: Models,
-    encoded: Sequence[bytes | None],
+    encoded: Sequence[bytes | memoryview | None],
     chosen: Any,
     computing: Computing = nullcontext,
 ) -> dict[str, list[float | None]]:

@@ -2,16 +2,17 @@
 
 The parts are put in the order of a hash, which mixes targets; their accepted rows in a row are cut into
 windows of a few shards, and each window is shuffled and becomes one task. A part is read by one task, or by
-two where it lies across the border of two windows.
+two where it lies across the border of two windows; a task reads each of its parts once. Threads read parts
+and write shards: most of that is waiting, and hashing and compressing leave Python free.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.parts import part_name, read_table, scores_name, to_parquet
+from pipeline.parts import contents, part_name, read_table, scores_name, to_parquet
 from pipeline.plan import Plan
 from pipeline.select import Selection
 from pipeline.store import Store
@@ -19,6 +20,8 @@ from pipeline.tasks import PackTask, Row, ShardReceipt
 from schemas import tables
 from schemas.ids import fingerprint, random_stream, sha256
 from stages.shard import sample, tar
+
+THREADS = 4  # of one task
 
 
 def plan_shards(plan: Plan, selections: Mapping[str, Selection]) -> list[PackTask]:
@@ -51,33 +54,35 @@ def write_shards(store: Store, plan: Plan, task: PackTask) -> tuple[ShardReceipt
     A receipt is of the bytes as they must be, made from the parts, not of what happens to lie there: a shard
     that an earlier run left, and that was damaged since, is found by `verify`.
     """
-    cache: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    receipts = []
-    for number, rows in enumerate(task.shards, start=task.first):
+    parts = list(dict.fromkeys((row.stream, row.unit) for rows in task.shards for row in rows))
+
+    def read(part: tuple[str, int]) -> list[dict[str, Any]]:
+        return read_unit(store, plan, *part)
+
+    def write(number: int, rows: Sequence[Row]) -> ShardReceipt:
         name = f"{number:06d}"
-        packed, table = _shard(plan, name, [_sample(store, plan, cache, row) for row in rows])
-        store.put_new(shard_name(plan, name, "tar"), packed)
+        packed, table = _shard(plan, name, [known[row.stream, row.unit][row.place] for row in rows])
+        store.put_new(shard_name(plan, name, "tar"), *packed)
         store.put_new(shard_name(plan, name, "parquet"), table)
-        receipts.append(ShardReceipt(name, len(rows), len(packed), sha256(packed), len(table), sha256(table)))
-    return tuple(receipts)
+        tar_bytes = sum(map(len, packed))
+        return ShardReceipt(name, len(rows), tar_bytes, sha256(*packed), len(table), sha256(table))
 
-
-def _sample(
-    store: Store, plan: Plan, cache: dict[tuple[str, int], list[dict[str, Any]]], row: Row
-) -> dict[str, Any]:
-    """One accepted candidate with its recipe and scores; `image` holds its bytes."""
-    if (row.stream, row.unit) not in cache:
-        cache[row.stream, row.unit] = read_unit(store, plan, row.stream, row.unit)
-    return cache[row.stream, row.unit][row.place]
+    with ThreadPoolExecutor(THREADS) as threads:
+        known = dict(zip(parts, threads.map(read, parts), strict=True))
+        return tuple(threads.map(write, range(task.first, task.first + len(task.shards)), task.shards))
 
 
 def read_unit(store: Store, plan: Plan, stream_id: str, unit: int) -> list[dict[str, Any]]:
-    """The candidates of a unit as rows of the sample table, with the columns of the part beside them."""
+    """The candidates of a unit as rows of the sample table, with the columns of the part beside them.
+
+    `image` is a view of the encoded bytes, or None.
+    """
     stream = plan.by_id[stream_id]
-    candidates = read_table(store, part_name(stream, unit)).to_pylist()
+    table = read_table(store, part_name(stream, unit))
+    candidates = table.drop_columns(["image"]).to_pylist()
     blank = dict.fromkeys(plan.score_names)
-    for candidate in candidates:
-        candidate |= blank
+    for candidate, image in zip(candidates, contents(table), strict=True):
+        candidate |= {**blank, "image": image}
         candidate |= {"class": stream.label, "class_index": stream.class_index, "recipe": stream.recipe}
         candidate |= {"stream": stream.id, "unit": unit}
     for f in stream.filters:
@@ -88,17 +93,16 @@ def read_unit(store: Store, plan: Plan, stream_id: str, unit: int) -> list[dict[
     return candidates
 
 
-def _shard(plan: Plan, name: str, samples: Sequence[dict[str, Any]]) -> tuple[bytes, bytes]:
-    """The bytes of a tar and of the Parquet beside it."""
+def _shard(plan: Plan, name: str, samples: Sequence[dict[str, Any]]) -> tuple[list[tar.Content], bytes]:
+    """The pieces of a tar, and the Parquet beside it."""
     schema = tables.samples(plan.score_names)
-    members: dict[str, bytes] = {}
+    members: dict[str, tar.Content] = {}
     for s in samples:
         described = ("class", "recipe", "stream", "unit", "index", "image_sha256")
         recipe = {column: s[column] for column in described}
         image = plan.config.shard.image
         members |= sample.members(s["key"], s["image"], image, s["class_index"], s["prompt"], recipe)
-    buffer = io.BytesIO()
-    spans = tar.write(buffer, members)
+    packed, spans = tar.pieces(members)
     rows = []
     for s in samples:
         member = f"{s['key']}.{sample.EXTENSIONS[plan.config.shard.image]}"
@@ -107,4 +111,4 @@ def _shard(plan: Plan, name: str, samples: Sequence[dict[str, Any]]) -> tuple[by
         rows.append({column: (s | place)[column] for column in schema.names})
     rows.sort(key=lambda row: row["offset"])
     metadata = {"version": tables.VERSION, "build": plan.build_id}
-    return buffer.getvalue(), to_parquet(rows, schema, metadata)
+    return packed, to_parquet(rows, schema, metadata)

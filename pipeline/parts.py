@@ -111,10 +111,16 @@ def _check(table: pa.Table, metadata: dict[str, bytes]) -> None:
     if json.loads(metadata.pop("sha256")) != _digest(plain, metadata):
         raise ValueError("its content does not match the hash that it carries")
     if plain is not table:
-        images, hashes = (table.column(name).to_pylist() for name in ("image", "image_sha256"))
-        for image, digest in zip(images, hashes, strict=True):
+        hashes = table.column("image_sha256").to_pylist()
+        for image, digest in zip(contents(table), hashes, strict=True):
             if image is not None and sha256(image) != digest:
                 raise ValueError(f"image {digest} is another one")
+
+
+def contents(table: pa.Table) -> list[memoryview | None]:
+    """The encoded images of a part, as views into the table; None for failed candidates."""
+    buffers = (image.as_buffer() for image in table.column("image"))
+    return [None if buffer is None else memoryview(buffer) for buffer in buffers]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -77,12 +77,12 @@ class Store:
     def exists(self, name: str) -> bool:
         return self.fs.exists(self.path(name))
 
-    def put_new(self, name: str, data: bytes) -> bool:
-        """Write an object unless it exists. Returns whether this call wrote it."""
+    def put_new(self, name: str, *pieces: bytes | memoryview) -> bool:
+        """Write an object of these pieces unless it exists. Returns whether this call wrote it."""
         if self.local:
-            return self._link_new(Path(self.path(name)), data)
+            return self._link_new(Path(self.path(name)), pieces)
         try:
-            self.fs.pipe_file(self.path(name), data, mode="create")
+            self.fs.pipe_file(self.path(name), b"".join(pieces), mode="create")
         except FileExistsError:
             return False
         return True
@@ -92,7 +92,7 @@ class Store:
         if not self.local:
             self.fs.pipe_file(self.path(name), data)
             return
-        scratch = self._scratch(data)
+        scratch = self._scratch([data])
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch, target)
@@ -109,10 +109,10 @@ class Store:
             found = self.fs.ls(self.path(folder), detail=False)
         yield from sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
-    def _link_new(self, target: Path, data: bytes) -> bool:
+    def _link_new(self, target: Path, pieces: Sequence[bytes | memoryview]) -> bool:
         if target.exists():
             return False
-        scratch = self._scratch(data)
+        scratch = self._scratch(pieces)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(scratch, target)
@@ -123,7 +123,7 @@ class Store:
         _sync_folder(target.parent)
         return True
 
-    def _scratch(self, data: bytes) -> Path:
+    def _scratch(self, pieces: Sequence[bytes | memoryview]) -> Path:
         path = Path(self.root, _SCRATCH, f"{os.getpid()}-{uuid.uuid4().hex}")
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class Store:
             except FileNotFoundError:  # another process's probe removed the empty folder just then
                 continue
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         return path

@@ -20,7 +20,16 @@ from pipeline import batches, pack
 from pipeline.config import method_of
 from pipeline.dag import Candidate, Dag, Materials, in_batches, out_of_memory, score
 from pipeline.device import Device
-from pipeline.parts import account, described, environment, part_name, read_table, scores_name, to_parquet
+from pipeline.parts import (
+    account,
+    contents,
+    described,
+    environment,
+    part_name,
+    read_table,
+    scores_name,
+    to_parquet,
+)
 from pipeline.plan import FilterPlan, Plan, StreamPlan
 from pipeline.references import fetch
 from pipeline.seeds import Seeds, assess, load_seeds, seed_name
@@ -324,7 +333,7 @@ class Worker:
         if self.store.exists(name):
             return
         part = read_table(self.store, part_name(stream, unit), ["index", "image"])
-        encoded = part.column("image").to_pylist()
+        encoded = contents(part)
         columns = score(stream, self.models, encoded, chosen.method, self.device.computing)
         rows = [
             {"index": index, **{name: column[place] for name, column in columns.items()}}

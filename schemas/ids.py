@@ -20,8 +20,12 @@ def canonical(value: Any) -> bytes:
     ).encode()
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def sha256(*pieces: bytes | memoryview) -> str:
+    """The hash of these bytes, one after another."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-VERSION = 3
+VERSION = 4
 
 # How a candidate came to be: the same columns in a part and beside a shard.
 _RECIPE = [

@@ -42,7 +42,7 @@ class NotAnImage(ValueError):
     """The bytes are no usable image; the message is the reason, in a few words."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """The upright RGB image in `data`, every pixel of it decoded.
 
     Transparent pixels lie on white, 16 bits are scaled to 8, of an animation the first frame counts, colour
@@ -64,7 +64,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
     except (NotAnImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise NotAnImage(f"not an image ({_looks_like(data)})") from error
+        raise NotAnImage(f"not an image ({_looks_like(bytes(data[:256]))})") from error
     except Image.DecompressionBombError as error:
         raise NotAnImage(f"more than {min(max_pixels, PILLOW_LIMIT)} pixels") from error
     # The bytes are in memory, so whatever a decoder throws (OSError, struct.error, SyntaxError, IndexError,
@@ -75,7 +75,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 
 def _looks_like(data: bytes) -> str:
     """What a file that no decoder knows seems to be, for the person who reads the reason."""
-    head = data[:256].lstrip().lower()
+    head = data.lstrip().lower()
     if head.startswith((b"<svg", b"<?xml")):
         return "XML or SVG"
     if head.startswith((b"<!doctype html", b"<html")):

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from schemas.ids import canonical
+from stages.shard.tar import Content
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # ray.data decodes .jpg, but not .jpeg
 
 
 def members(
     key: str,
-    image: bytes,
+    image: Content,
     format: Literal["jpeg", "png", "webp"],
     cls: int,
     text: str,
     recipe: Mapping[str, Any],
-) -> dict[str, bytes]:
+) -> dict[str, Content]:
     """{name: content}: the image byte for byte, class index, caption, and the recipe as canonical JSON.
 
     `datasets` guesses the columns of a dataset from its first five samples, then fails on a later number
