@@ -8,6 +8,7 @@ s3fs and others send for `mode="create"`. A store that cannot do it is refused b
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import uuid
@@ -132,10 +133,19 @@ class Store:
                 break
             except FileNotFoundError:  # another process's probe removed the empty folder just then
                 continue
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            path.unlink()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"output {self.uri!r}: {_reason(error)}; make room and run the same command again,"
+                    " nothing is lost"
+                ) from error
+            raise
         return path
 
     def _sweep(self) -> None:
