@@ -48,7 +48,7 @@ PHASES = {
 # before: nothing is written yet; torn: the scratch file is, under no name; after: all is, and nobody knows
 MOMENTS = ("before", "torn", "after")
 VICTIMS = ("writer", "driver", "both")
-NTH = {"invert": 3, "prepare": 2, "generate": 40, "score": 40, "pack": 8, "manifest": 3}
+NTH = {"invert": 3, "prepare": 1, "generate": 40, "score": 40, "pack": 8, "manifest": 1}
 SMALL_DISK = 10  # MiB; the build needs more
 LARGE_DISK = 200
 TRIES = 60  # of the command, before a run is given up
@@ -177,7 +177,7 @@ def orders(seed: int) -> list[dict[str, Any]]:
             kinds += list(VICTIMS)
         for kind in kinds:
             moment = chance.choice(MOMENTS if phase != "manifest" or kind != "error" else ("before", "after"))
-            if kind == "error" and chance.random() < 0.3:
+            if kind == "error" and phase in ("generate", "score") and chance.random() < 0.3:
                 moment = "read"
             nth = chance.randint(1, NTH[phase])
             drawn.append({"phase": phase, "kind": kind, "moment": moment, "name": name, "nth": nth})
@@ -221,6 +221,11 @@ def run(
             ends[str(code)] += 1
             if code == 0:
                 struck = (place / "log").read_text().splitlines()
+                for sort in ("error", "writer driver both"):
+                    missed = set(PHASES) - {
+                        p for p, kind, *_ in map(str.split, struck) if kind in sort.split()
+                    }
+                    assert not missed, f"run {seed}: no {sort} in the phases {missed}"
                 return packed(output / "out"), struck, ends
     raise AssertionError(f"run {seed}: not through after {TRIES} tries: {dict(ends)}\n{err[-3000:]}")
 
