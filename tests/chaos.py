@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -100,30 +101,28 @@ def _strike(moment: str, name: str) -> None:
 
 
 def _install() -> None:
-    put_new, put, get, scratch = Store.put_new, Store.put, Store.get, Store._scratch
+    put_new, put, scratch = Store.put_new, Store.put, Store._scratch
+    writing = threading.local()
 
     def struck_put_new(self: Store, name: str, *data: Any) -> bool:
         _strike("before", name)
-        self.__dict__["writing"] = name
+        writing.name = name
         wrote = put_new(self, name, *data)
         _strike("after", name)
         return wrote
 
     def struck_put(self: Store, name: str, *data: Any) -> None:
         _strike("before", name)
+        writing.name = name
         put(self, name, *data)
         _strike("after", name)
 
-    def struck_get(self: Store, name: str) -> bytes:
-        _strike("read", name)
-        return get(self, name)
-
     def struck_scratch(self: Store, *data: Any) -> Path:
         path = scratch(self, *data)
-        _strike("torn", self.__dict__.get("writing", ""))
+        _strike("torn", writing.name)
         return path
 
-    Store.put_new, Store.put, Store.get = struck_put_new, struck_put, struck_get  # type: ignore[method-assign]
+    Store.put_new, Store.put = struck_put_new, struck_put  # type: ignore[method-assign]
     Store._scratch = struck_scratch  # type: ignore[method-assign]
 
 
@@ -176,10 +175,7 @@ def orders(seed: int) -> list[dict[str, Any]]:
         if phase in ("generate", "score", "pack"):
             kinds += list(VICTIMS)
         for kind in kinds:
-            moment = chance.choice(MOMENTS if phase != "manifest" or kind != "error" else ("before", "after"))
-            if kind == "error" and phase in ("generate", "score") and chance.random() < 0.3:
-                moment = "read"
-            nth = chance.randint(1, NTH[phase])
+            moment, nth = chance.choice(MOMENTS), chance.randint(1, NTH[phase])
             drawn.append({"phase": phase, "kind": kind, "moment": moment, "name": name, "nth": nth})
     return drawn
 
