@@ -21,7 +21,7 @@ from pipeline.batches import decided, undecided
 from pipeline.config import BuildConfig
 from pipeline.goals import settle
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
-from pipeline.phases import ListWork, Units, tallies
+from pipeline.phases import Inversions, ListWork, Units, tallies
 from pipeline.plan import Plan, make_plan
 from pipeline.references import keep, scan
 from pipeline.seeds import assess, load_seeds, remark, seed_name
@@ -121,7 +121,9 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
             # the workers are up, so models and config agree: from here on things are written
             keep(config.references, store, plan.used_references())
             commit_inputs(store, plan)
-            timed("invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan)))
+            timed(
+                "invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan), Inversions)
+            )
             seeds = timed("assess", lambda: _assess(runner, telemetry, plan))
             timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))
             if todo := units.remaining():
@@ -196,7 +198,9 @@ def _choose_batches(
         raise Interrupted("stopped; nothing is lost. Run the same command again to go on") from None
 
 
-def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]) -> None:
+def _run_list(
+    runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task], kind: type[ListWork] = ListWork
+) -> None:
     if not tasks:
         return
 
@@ -206,7 +210,7 @@ def _run_list(runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task]
 
     total = sum(len(t.references) if isinstance(t, InvertTask) else 1 for t in tasks)
     telemetry.phase(name, total)
-    runner.run(ListWork(tasks, received))
+    runner.run(kind(tasks, received))
 
 
 def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceipt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from pipeline.plan import Plan
 from pipeline.select import Stream
@@ -37,8 +38,20 @@ class ListWork:
         self._received(task, receipt)
 
     def killed(self, task: Task) -> None:
-        about = [r.origin for r in task.references] if isinstance(task, InvertTask) else task
-        raise RuntimeError(f"{type(task).__name__} ends every worker that runs it: {about}")
+        raise RuntimeError(f"{type(task).__name__} ends every worker that runs it: {task}")
+
+
+class Inversions(ListWork):
+    """Inverts references; one that ends every worker that inverts it alone is refused."""
+
+    def killed(self, task: Task) -> None:
+        assert isinstance(task, InvertTask)
+        if len(task.references) > 1:
+            self._tasks.extend(InvertTask(task.stream, (reference,)) for reference in task.references)
+        else:
+            self._tasks.append(
+                replace(task, killer="the worker process died while it inverted this image alone")
+            )
 
 
 class Units:

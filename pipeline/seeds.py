@@ -17,7 +17,7 @@ from pipeline.config import Recipe, method_of
 from pipeline.plan import StreamPlan
 from pipeline.store import Store
 from pipeline.tasks import SeedsReceipt
-from pipeline.tensors import read_measured
+from pipeline.tensors import read_measured, to_safetensors
 from schemas.errors import UserError
 from schemas.records import Reference
 
@@ -27,6 +27,11 @@ TELLING = 3.0
 
 def seed_name(seeds: str, reference: Reference) -> str:
     return f"seeds/{seeds}/{reference.sha256}.safetensors"
+
+
+def no_seed(reason: str) -> bytes:
+    """What is kept in place of the seed of a reference that has none."""
+    return to_safetensors({}, {"refused": reason})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ s3fs and others send for `mode="create"`. A store that cannot do it is refused b
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import uuid
@@ -80,7 +81,8 @@ class Store:
     def put_new(self, name: str, *pieces: bytes | memoryview) -> bool:
         """Write an object of these pieces unless it exists. Returns whether this call wrote it."""
         if self.local:
-            return self._link_new(Path(self.path(name)), pieces)
+            with self._room():
+                return self._link_new(Path(self.path(name)), pieces)
         try:
             self.fs.pipe_file(self.path(name), b"".join(pieces), mode="create")
         except FileExistsError:
@@ -92,11 +94,12 @@ class Store:
         if not self.local:
             self.fs.pipe_file(self.path(name), data)
             return
-        scratch = self._scratch([data])
         target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(scratch, target)
-        _sync_folder(target.parent)
+        with self._room():
+            scratch = self._scratch([data])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch, target)
+            _sync_folder(target.parent)
 
     def list(self, folder: str) -> Iterator[str]:
         """Names of the objects directly in a folder, without the folder; nothing when there is none."""
@@ -132,11 +135,27 @@ class Store:
                 break
             except FileNotFoundError:  # another process's probe removed the empty folder just then
                 continue
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink()
+            raise
         return path
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"output {self.uri!r}: {_reason(error)}; make room and run the same command again,"
+                " nothing is lost"
+            ) from error
 
     def _sweep(self) -> None:
         """Remove what killed processes left half-written, once it is too old to be anybody's work."""

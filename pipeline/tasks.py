@@ -25,6 +25,9 @@ class BatchTask:
 class InvertTask:
     stream: str  # any stream with these inversion settings and this prompt
     references: tuple[Reference, ...]  # at most one device batch
+    killer: str = (
+        ""  # why this one reference is refused without another try: it ends any process that inverts it
+    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from pipeline.parts import (
 )
 from pipeline.plan import FilterPlan, Plan, StreamPlan
 from pipeline.references import fetch
-from pipeline.seeds import Seeds, assess, load_seeds, seed_name
+from pipeline.seeds import Seeds, assess, load_seeds, no_seed, seed_name
 from pipeline.store import Store
 from pipeline.tasks import (
     AssessTask,
@@ -104,7 +104,7 @@ class Worker:
             case BatchTask():
                 return self._choose_batch(self.plan.by_id[task.stream])
             case InvertTask():
-                return self._invert(self.plan.by_id[task.stream], task.references)
+                return self._invert(self.plan.by_id[task.stream], task.references, task.killer)
             case AssessTask():
                 stream = self.plan.by_id[task.stream]
                 return assess(stream, self.plan.config.recipes[stream.recipe], self._seeds(stream.id))
@@ -196,8 +196,12 @@ class Worker:
         ]
         return torch.stack(pixels)
 
-    def _invert(self, stream: StreamPlan, references: tuple[Reference, ...]) -> Receipt:
+    def _invert(self, stream: StreamPlan, references: tuple[Reference, ...], killer: str) -> Receipt:
         assert stream.seeds is not None
+        if killer:
+            (reference,) = references
+            self.store.put_new(seed_name(stream.seeds, reference), no_seed(killer))
+            return Done(1)
         recipe = self.plan.config.recipes[stream.recipe]
         image_N3hw = self._images(references)
         padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
@@ -211,13 +215,11 @@ class Worker:
             )
         z_BCHW = inverted.z_BCHW.float().cpu()
         for row, reference in enumerate(references):
-            if not torch.isfinite(z_BCHW[row]).all():
-                raise UserError(
-                    f"reference {reference.origin!r}: its inversion is not finite; remove it, or change"
-                    f" recipes.{stream.recipe}.invert"
-                )
-            measures = {**inverted.measures[row], "refused": refused[row]}
-            data = to_safetensors({"z_CHW": z_BCHW[row]}, measures)
+            if torch.isfinite(z_BCHW[row]).all():
+                measures = {**inverted.measures[row], "refused": refused[row]}
+                data = to_safetensors({"z_CHW": z_BCHW[row]}, measures)
+            else:
+                data = no_seed("its inversion is not finite")
             self.store.put_new(seed_name(stream.seeds, reference), data)
         return Done(len(references))
 

@@ -264,8 +264,8 @@ def seeds(store: Store, plan: Plan) -> list[dict[str, Any]]:
                     "class": stream.label,
                     "origin": reference.origin,
                     "sha256": reference.sha256,
-                    "norm": _short(measures["norm_ratio"]),
-                    "autocorrelation": _short(measures["autocorrelation"]),
+                    "norm": _short(measures.get("norm_ratio")),  # None: it has no seed
+                    "autocorrelation": _short(measures.get("autocorrelation")),
                     "refused": measures["refused"],
                 }
     return list(found.values())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import load
-from pipeline.phases import MAX_DISSECTIONS, MAX_SUSPICIONS, Units
+from pipeline.phases import MAX_DISSECTIONS, MAX_SUSPICIONS, Inversions, Units
 from pipeline.plan import make_plan
 from pipeline.references import Lock
 from pipeline.select import Stream
-from pipeline.tasks import Done, ProbeTask, Suspects, UnitReceipt, UnitTask
+from pipeline.tasks import Done, InvertTask, ProbeTask, Suspects, UnitReceipt, UnitTask
 from pipeline.telemetry import JsonLines
+from schemas.records import Reference
 from tests.small_build import make_config, noise_recipe
 
 UNIT = 4
@@ -93,3 +94,22 @@ def test_a_unit_that_dies_without_a_killer_is_given_up(units):
 def test_a_unit_in_which_every_candidate_dies_is_not_believed(units):
     with pytest.raises(RuntimeError, match="every candidate of circle / noise ends its worker"):
         probe(units, take(units)[0], deadly=set(range(UNIT)))
+
+
+def test_a_batch_of_references_that_ends_workers_is_taken_apart_and_the_one_at_fault_refused():
+    images = tuple(Reference(str(n), "circle", f"circle/{n}.png", 64, 64) for n in range(3))
+    received = []
+    work = Inversions([InvertTask("s", images)], lambda task, receipt: received.append(task))
+    work.killed(work.next())
+    alone = [work.next() for _ in images]
+    assert [task.references for task in alone] == [(image,) for image in images]
+    assert work.next() is None
+    work.killed(alone[1])  # the runner says so after two deaths
+    for task in (alone[0], alone[2]):
+        work.done(task, Done(1))
+    again = work.next()
+    assert again.references == (images[1],)
+    assert "died while it inverted this image alone" in again.killer
+    work.done(again, Done(1))
+    assert len(received) == 3
+    assert work.next() is None

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 
 from jobs.build import make_runner
 from pipeline.build import build, repack
-from pipeline.config import load
+from pipeline.config import load, method_of
 from pipeline.seeds import Seeds, remark
 from pipeline.store import Store
 from pipeline.tasks import SeedsReceipt
 from pipeline.tensors import read_measured
 from schemas.errors import UserError
+from stages.contract import Inverted
+from stages.invert.ddim import DdimInversion
 from tests.small_build import make_config, seeds_recipe
 
 
@@ -57,7 +59,7 @@ def kept(output: Path) -> dict[str, tuple[torch.Tensor, dict]]:
     found = {}
     for path in output.glob("seeds/*/*.safetensors"):
         tensors, measures = read_measured(store, str(path.relative_to(output)))
-        found[path.stem] = tensors["z_CHW"], measures
+        found[path.stem] = tensors.get("z_CHW"), measures
     return found
 
 
@@ -120,6 +122,37 @@ def test_too_few_typical_seeds_are_one_line_and_nothing_is_generated(tmp_path, r
     with pytest.raises(UserError, match=r"class 'circle': 0 of 4 seeds are typical, but cog .* needs 2"):
         run(path)
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_reference_whose_inversion_is_not_finite_is_left_out_with_the_reason(
+    tmp_path, references, monkeypatch
+):
+    class Sudden(DdimInversion):
+        """DDIM inversion that comes to nothing for the first image it meets."""
+
+        first: list[torch.Tensor] = []  # noqa: RUF012
+
+        def __call__(self, backbone, image_B3hw, prompt):
+            if not self.first:
+                self.first.append(image_B3hw[0].clone())
+            inverted = super().__call__(backbone, image_B3hw, prompt)
+            bad_B = torch.tensor([torch.equal(row, self.first[0]) for row in image_B3hw])
+            z_BCHW = torch.where(bad_B[:, None, None, None], float("nan"), inverted.z_BCHW)
+            return Inverted(z_BCHW, inverted.measures)
+
+    path = config(tmp_path, references)
+    monkeypatch.setattr(
+        "pipeline.worker.method_of",
+        lambda kind, given: Sudden(given) if kind == "invert" else method_of(kind, given),
+    )
+    result, said = run(path)
+    accounts = [target.recipes["mixed"].seeds for target in result.manifest.targets.values()]
+    assert sorted(account.used for account in accounts) == [3, 4, 4]
+    (origin, reason), *others = [item for account in accounts for item in account.refused.items()]
+    assert (reason, others) == ("its inversion is not finite", [])
+    refused = next(name for name, (_, measures) in kept(tmp_path / "out").items() if measures["refused"])
+    assert all(refused not in row["parents"] for row in samples(tmp_path / "out"))
+    assert any(origin in line and reason in line for line in said)
 
 
 def test_what_was_refused_may_be_inverted_again_with_more_steps(tmp_path, references):

@@ -224,3 +224,31 @@ def test_a_probe_removes_old_scratch_files_and_spares_young_ones(tmp_path):
     store.probe()
     assert not old.exists()
     assert young.read_bytes() == b"half"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small_disk):
+    store = Store(str(small_disk / "out"))
+    assert store.put_new("parts/small", b"x")
+    for write in (store.put_new, store.put):
+        with pytest.raises(
+            UserError, match=r"No space left on device; make room and run the same command again"
+        ):
+            write("parts/large", bytes(2 << 20))
+    assert [str(p.relative_to(small_disk)) for p in small_disk.rglob("*") if p.is_file()] == [
+        "out/parts/small"
+    ]
+    subprocess.run(["mount", "-o", "remount,size=4m", "tmpfs", small_disk], check=True)
+    assert store.put_new("parts/large", bytes(2 << 20))
+    assert store.get("parts/large") == bytes(2 << 20)
