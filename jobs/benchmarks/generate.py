@@ -15,18 +15,25 @@ downloaded. On a CPU, where fifty steps of Stable Diffusion take minutes, one st
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.benchmarks.machine import hardware, versions
+from jobs.benchmarks.turns import (
+    footer,
+    gigabytes,
+    measured_on,
+    peak_of,
+    table,
+    take_turns,
+    tell,
+    timed,
+    wait,
+)
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,10 +93,7 @@ def generate(
         if name not in known:
             raise UserError(f"--case {name!r}: allowed on this device: {', '.join(known)}")
     facts = measure({name: known[name] for name in chosen}, device, precision_on(device), runs, batch=batch)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(describe(facts))
-    print(f"figures: {out}")
+    tell(facts, describe(facts), out)
 
 
 def measure(
@@ -115,11 +119,7 @@ def measure(
         "matrix_tflops": rate / 1e12,
         "precision": str(dtype).removeprefix("torch."),
         "runs": runs,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "versions": versions("torch", "diffusers"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **measured_on(device, "diffusers"),
     }
 
 
@@ -149,16 +149,7 @@ def _case(
     }
     if batch > 1:
         ways[ONE] = lambda: [draw(z_1CHW) for z_1CHW in z_BCHW.split(1)]
-    peaks, images, seconds = {}, {}, {name: list[float]() for name in ways}
-    for name, way in ways.items():
-        peak = Peak(device)
-        images[name] = way()  # also warms up
-        peaks[name] = peak.bytes()
-    for turn in range(runs):
-        for name in list(ways)[:: -1 if turn % 2 else 1]:
-            begin = time.perf_counter()
-            ways[name]()
-            seconds[name].append(time.perf_counter() - begin)
+    turns = take_turns(ways, runs, device)
     call, decoding = work(ours)
     image = case.steps * (1 if case.guidance == 1 else 2) * call + decoding
     return {
@@ -169,20 +160,16 @@ def _case(
         "batch": batch,
         "size": ours.image_size,
         "tflop": {"call": call / 1e12, "decoding": decoding / 1e12, "image": image / 1e12},
-        "grey_levels_apart": _apart(images[OURS], images[THEIRS]),
+        "grey_levels_apart": _apart(turns[OURS].result, turns[THEIRS].result),
         "ways": {
             name: {
-                "seconds": statistics.median(spent),
-                "fastest": min(spent),
-                "slowest": max(spent),
-                "images_per_second": batch / statistics.median(spent),
-                "tflops": image * batch / statistics.median(spent) / 1e12,
-                "peak_bytes": peaks[name],
-                "ours_faster": statistics.median(
-                    theirs / own for own, theirs in zip(seconds[OURS], spent, strict=True)
-                ),
+                **turn.spread(),
+                "images_per_second": batch / turn.spread()["seconds"],
+                "tflops": image * batch / turn.spread()["seconds"] / 1e12,
+                "peak_bytes": turn.peak_bytes,
+                "ours_faster": turns[OURS].faster(turn),
             }
-            for name, spent in seconds.items()
+            for name, turn in turns.items()
         },
     }
 
@@ -301,84 +288,57 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(times):
-        _wait(device)
+        wait(device)
         begin = time.perf_counter()
         a @ b
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * side**3 / best
 
 
-def _wait(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Peak:
-    """The most memory that is in use from here on: of a GPU what torch allocates, else of the process."""
-
-    def __init__(self, device: torch.device):
-        import torch
-
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-
-    def bytes(self) -> int:
-        import torch
-
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def describe(facts: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
-    where = "allocated on the GPU" if facts["device"] == "cuda" else "resident in the process"
-    lines = [
-        f"{facts['precision']}; medians of {facts['runs']} runs (range); peak: {where}. The device multiplies"
-        f" matrices at {facts['matrix_tflops']:.3g} TFLOP/s.",
-        "",
-        "| case | way | s a batch | images/s | TFLOP/s | of the device's rate | peak, GB | ours faster |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = (
+        "case",
+        "way",
+        "s a batch",
+        "images/s",
+        "TFLOP/s",
+        "of the device's rate",
+        "peak, GB",
+        "ours faster",
+    )
+    rows = []
     for name, case in facts["cases"].items():
         what = (
             f"{name}: {case['size']}², {case['steps']} × {case['scheduler']}, guidance {case['guidance']:g},"
             f" batch {case['batch']}"
         )
         for way, found in case["ways"].items():
-            lines.append(_row(what if way == OURS else "", way, found, facts["matrix_tflops"]))
+            rows.append(_row(what if way == OURS else "", way, found, facts["matrix_tflops"]))
     apart = ", ".join(f"{name} {case['grey_levels_apart']}" for name, case in facts["cases"].items())
-    libraries = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return "\n".join(
+    return "\n\n".join(
         [
-            *lines,
-            "",
+            f"{facts['precision']}; medians of {facts['runs']} runs (range); peak: {peak_of(facts)}. The device"
+            f" multiplies matrices at {facts['matrix_tflops']:.3g} TFLOP/s.",
+            table(heads, rows),
             f"Largest difference of our images and diffusers', of 255: {apart}.",
-            "",
-            f"{facts['hardware']}, threads: {facts['threads']}; {libraries}; {facts['date']}",
+            footer(facts),
         ]
     )
 
 
-def _row(what: str, way: str, found: Mapping[str, Any], rate: float) -> str:
-    cells: Sequence[str] = (
+def _row(what: str, way: str, found: Mapping[str, Any], rate: float) -> Sequence[str]:
+    return (
         what,
         way,
-        f"{found['seconds']:.3g} ({found['fastest']:.3g} – {found['slowest']:.3g})",
+        timed(found),
         f"{found['images_per_second']:.3g}",
         f"{found['tflops']:.3g}",
         f"{found['tflops'] / rate:.0%}",
-        f"{found['peak_bytes'] / 1e9:.2f}",
+        gigabytes(found["peak_bytes"]),
         "" if way == OURS else f"{found['ours_faster']:.2f} ×",
     )
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

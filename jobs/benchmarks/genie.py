@@ -14,18 +14,14 @@ medians over runs.
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.benchmarks.machine import hardware, versions
+from jobs.benchmarks.turns import footer, measured_on, table, take_turns, tell, timed
 
 if TYPE_CHECKING:
     from stages.contract import Backbone
@@ -35,6 +31,9 @@ SEED = 7
 
 
 def genie(
+    model: Annotated[
+        str, typer.Option(help="tangram, or a full-size architecture: sd15, sdxl, …")
+    ] = "tangram",
     rows: Annotated[int, typer.Option(min=1, help="Sources in a batch.")] = 4,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 5,
     steps: Annotated[int, typer.Option(min=10, help="Steps of the whole sampler; 50 in GeNIe.")] = 50,
@@ -42,15 +41,13 @@ def genie(
     out: Annotated[Path, typer.Option(help="Where the figures are written as JSON.")] = Path("genie.json"),
 ) -> None:
     """Compare GeNIe-Ada's step-aligned batch with a run for each ratio: calls of the model, and time."""
-    from stages.backbones.device import default_device
-    from stages.backbones.diffusion.load import load_backbone
-    from stages.backbones.diffusion.settings import BackboneSettings
+    from jobs.benchmarks import models
+    from stages.backbones.device import default_device, precision_on
 
-    facts = measure(load_backbone(BackboneSettings(), default_device()), rows, runs, steps, guidance)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts, indent=1) + "\n")
-    show(facts)
-    print(f"figures: {out}")
+    device = default_device()
+    facts = measure(models.model(model, device, precision_on(device)), rows, runs, steps, guidance)
+    facts["model"] = model
+    tell(facts, describe(facts), out)
 
 
 class Counted:
@@ -89,19 +86,16 @@ def measure(backbone: Backbone, rows: int, runs: int, steps: int, guidance: floa
         with torch.no_grad():
             for ratios in groups:
                 redraw(counted, counted.encode(image_B3hw), noise_BCHW, asked, sampler, ratios)
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize()
 
     sets = []
     for ratios in RATIOS:
-        ways = {"aligned": (ratios,), "separate": tuple((ratio,) for ratio in ratios)}
-        counted = {name: Counted(backbone) for name in ways}
-        for name, groups in ways.items():
-            run(counted[name], *groups)  # counts, and warms up
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(runs):
-            for name in list(ways)[:: -1 if turn % 2 else 1]:
-                seconds[name].append(_timed(partial(run, backbone, *ways[name])))
+        groups = {"aligned": (ratios,), "separate": tuple((ratio,) for ratio in ratios)}
+        counted = {name: Counted(backbone) for name in groups}
+        for name in groups:
+            run(counted[name], *groups[name])
+        turns = take_turns(
+            {name: partial(run, backbone, *groups[name]) for name in groups}, runs, backbone.device
+        )
         sets.append(
             {
                 "ratios": list(ratios),
@@ -109,15 +103,12 @@ def measure(backbone: Backbone, rows: int, runs: int, steps: int, guidance: floa
                     name: {
                         "calls": counted[name].calls,
                         "model_rows": counted[name].rows,
-                        "seconds": statistics.median(seconds[name]),
-                        "fastest": min(seconds[name]),
-                        "slowest": max(seconds[name]),
+                        **turn.spread(),
+                        "peak_bytes": turn.peak_bytes,
                     }
-                    for name in ways
+                    for name, turn in turns.items()
                 },
-                "faster": statistics.median(
-                    s / a for a, s in zip(seconds["aligned"], seconds["separate"], strict=True)
-                ),
+                "faster": turns["aligned"].faster(turns["separate"]),
             }
         )
     return {
@@ -126,48 +117,36 @@ def measure(backbone: Backbone, rows: int, runs: int, steps: int, guidance: floa
         "runs": runs,
         "steps": steps,
         "guidance": guidance,
-        "device": backbone.device.type,
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "versions": versions("torch", "diffusers"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "precision": str(backbone.dtype).removeprefix("torch."),
+        **measured_on(backbone.device, "diffusers"),
     }
 
 
-def _timed(step: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def show(facts: dict[str, Any]) -> None:
-    """The figures as a table, and what they were measured on."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{facts['rows']} sources, {facts['steps']} steps, guidance {facts['guidance']:g};"
-        f" median of {facts['runs']} runs"
-    )
-    for name in ("", "calls", "rows through the model", "seconds", "from – to", "aligned faster"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+def describe(facts: Mapping[str, Any]) -> str:
+    """The figures as Markdown."""
+    rows = []
     for case in facts["sets"]:
-        table.add_section()
-        table.add_row("r = " + ", ".join(f"{ratio:g}" for ratio in case["ratios"]), style="bold")
         for name, way in case["ways"].items():
-            table.add_row(
-                f"  {name}",
-                str(way["calls"]),
-                str(way["model_rows"]),
-                f"{way['seconds']:.3f}",
-                f"{way['fastest']:.3f} – {way['slowest']:.3f}",
-                f"{case['faster']:.2f} ×" if name == "aligned" else "",
+            first = name == "aligned"
+            rows.append(
+                (
+                    ", ".join(f"{ratio:g}" for ratio in case["ratios"]) if first else "",
+                    name,
+                    str(way["calls"]),
+                    str(way["model_rows"]),
+                    timed(way),
+                    f"{way['peak_bytes'] / 1e9:.2f}",
+                    f"{case['faster']:.2f} ×" if first else "",
+                )
             )
-    console = Console(width=110)
-    console.print(table)
-    libraries = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    console.print(
-        f"{facts['device']}, threads: {facts['threads']}; {facts['hardware']}; {libraries}", highlight=False
+    heads = ("r", "way", "calls", "rows through the model", "seconds", "peak, GB", "aligned faster")
+    return "\n\n".join(
+        [
+            f"{facts.get('model', 'tangram')}, {facts['precision']}: {facts['rows']} sources, {facts['steps']}"
+            f" steps, guidance {facts['guidance']:g}; medians of {facts['runs']} runs (range).",
+            table(heads, rows),
+            footer(facts),
+        ]
     )
 
 
