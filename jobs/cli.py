@@ -5,11 +5,16 @@ from __future__ import annotations
 import typer
 
 from jobs import build, init, pack, plan, reproduce, schema, show, status, verify
+from jobs.benchmarks.everything import everything
 from jobs.benchmarks.generate import generate
 from jobs.benchmarks.genie import genie
+from jobs.benchmarks.inversion import inversion
+from jobs.benchmarks.minority import minority
 from jobs.benchmarks.nao import nao
 from jobs.benchmarks.overhead import overhead
 from jobs.benchmarks.peer import peer
+from jobs.benchmarks.seedselect import seedselect
+from jobs.benchmarks.shards import shards
 from jobs.entry import guarded
 from jobs.evaluate import evaluations
 from jobs.report import report
@@ -40,7 +45,12 @@ benchmarks.command("overhead")(overhead)
 benchmarks.command("nao")(nao)
 benchmarks.command("generate")(generate)
 benchmarks.command("genie")(genie)
+benchmarks.command("seedselect")(seedselect)
+benchmarks.command("minority")(minority)
+benchmarks.command("inversion")(inversion)
+benchmarks.command("shards")(shards)
 benchmarks.command("peer")(peer)
+benchmarks.command("all")(everything)
 app.add_typer(benchmarks, name="benchmark")
 app.add_typer(evaluations, name="evaluate")
 

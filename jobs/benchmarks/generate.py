@@ -304,7 +304,7 @@ def describe(facts: Mapping[str, Any]) -> str:
         "s a batch",
         "images/s",
         "TFLOP/s",
-        "of the device's rate",
+        "of the rate",
         "peak, GB",
         "ours faster",
     )
@@ -319,8 +319,8 @@ def describe(facts: Mapping[str, Any]) -> str:
     apart = ", ".join(f"{name} {case['grey_levels_apart']}" for name, case in facts["cases"].items())
     return "\n\n".join(
         [
-            f"{facts['precision']}; medians of {facts['runs']} runs (range); peak: {peak_of(facts)}. The device"
-            f" multiplies matrices at {facts['matrix_tflops']:.3g} TFLOP/s.",
+            f"{facts['precision']}; medians of {facts['runs']} runs (range); peak: {peak_of(facts)}; rate:"
+            f" the device multiplies matrices at {facts['matrix_tflops']:.3g} TFLOP/s.",
             table(heads, rows),
             f"Largest difference of our images and diffusers', of 255: {apart}.",
             footer(facts),

@@ -31,9 +31,7 @@ SEED = 7
 
 
 def genie(
-    model: Annotated[
-        str, typer.Option(help="tangram, or a full-size architecture: sd15, sdxl, …")
-    ] = "tangram",
+    model: Annotated[str, typer.Option(help="tangram, or an architecture: sd15, sdxl, …")] = "tangram",
     rows: Annotated[int, typer.Option(min=1, help="Sources in a batch.")] = 4,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 5,
     steps: Annotated[int, typer.Option(min=10, help="Steps of the whole sampler; 50 in GeNIe.")] = 50,
@@ -45,8 +43,8 @@ def genie(
     from stages.backbones.device import default_device, precision_on
 
     device = default_device()
-    facts = measure(models.model(model, device, precision_on(device)), rows, runs, steps, guidance)
-    facts["model"] = model
+    made = models.model(model, device, precision_on(device))
+    facts = {"model": model, **measure(made, rows, runs, steps, guidance)}
     tell(facts, describe(facts), out)
 
 
@@ -142,8 +140,8 @@ def describe(facts: Mapping[str, Any]) -> str:
     heads = ("r", "way", "calls", "rows through the model", "seconds", "peak, GB", "aligned faster")
     return "\n\n".join(
         [
-            f"{facts.get('model', 'tangram')}, {facts['precision']}: {facts['rows']} sources, {facts['steps']}"
-            f" steps, guidance {facts['guidance']:g}; medians of {facts['runs']} runs (range).",
+            f"{facts['model']}, {facts['precision']}: {facts['rows']} sources, {facts['steps']} steps,"
+            f" guidance {facts['guidance']:g}; medians of {facts['runs']} runs (range).",
             table(heads, rows),
             footer(facts),
         ]

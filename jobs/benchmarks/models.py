@@ -3,7 +3,8 @@
 How fast a model is does not depend on what its weights are, so that a benchmark needs the shapes alone: the
 published configs, as diffusers' own classes take them (Rombach et al., arXiv:2112.10752; Podell et al.,
 arXiv:2307.01952; Esser et al., arXiv:2403.03206). Texts are random too, in place of the text encoders, whose
-time is that of one short batch for each prompt. `tangram` is the embedded model, with its weights.
+time is that of one short batch for each prompt. `tangram` is the embedded model, with its weights; beside
+any other stands a CLIP ViT-H/14 with random ones.
 
 Shape letters: L D text tokens and width.
 """
@@ -19,6 +20,7 @@ from schemas.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from stages.backbones.clip import Clip
     from stages.backbones.diffusion.model import LatentDiffusion
 
 SEED = 11
@@ -100,6 +102,7 @@ SHAPES: dict[str, Shape] = {
     ),
 }  # fmt: skip
 NAMES = ("tangram", *SHAPES)
+CLIP = "ViT-H-14"
 
 
 def model(
@@ -145,6 +148,31 @@ def model(
     )
 
 
+def clip(name: str, device: torch.device, dtype: torch.dtype | None = None, architecture: str = CLIP) -> Clip:
+    """The CLIP model that goes with the backbone of that name, its image tower in the precision."""
+    import open_clip
+    import torch
+
+    from stages.backbones.clip import Clip, features, load_clip
+    from stages.backbones.device import tower_precision_on
+    from stages.backbones.resize import Preprocessing
+
+    if name == "tangram":
+        return load_clip("tangram", device, dtype)
+    dtype = dtype or tower_precision_on(device)
+    torch.manual_seed(SEED)
+    network: Any = open_clip.create_model(architecture, device=device).eval().requires_grad_(False)
+    network.visual.to(dtype)
+    cfg = network.visual.preprocess_cfg
+    prepare = Preprocessing(network.visual.image_size[0], cfg["mean"], cfg["std"], device)
+    return Clip(
+        f"random {architecture} {dtype}",
+        float(network.logit_scale.exp()),
+        see=lambda image_B3hw: features(network.encode_image, prepare(image_B3hw), dtype),
+        read=lambda text: network.encode_text(open_clip.get_tokenizer(architecture)([text]).to(device)),
+    )
+
+
 def _class_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[..., LatentDiffusion]:
     """The class of the kind, with random texts in place of its encoders."""
     import torch
@@ -167,7 +195,16 @@ def _class_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callabl
         tokens, width, pooled = shape.text
         return Text(drawn(prompt, tokens, width), None if pooled is None else drawn(prompt, pooled))
 
-    return type("Random", (classes[shape.kind],), {"_embed_uncached": embed})
+    def word(self: Any, text: str | None) -> torch.Tensor:
+        return drawn(str(text), shape.text[1])[0].float()
+
+    def embed_words(self: Any, prompt: str, words: Mapping[str, torch.Tensor]) -> Text:
+        said, vectors_BND = embed(self, prompt), torch.stack(list(words.values()), dim=1).to(dtype)
+        tokens_BLD = said.tokens_BLD[:, : -vectors_BND.shape[1]].expand(len(vectors_BND), -1, -1)
+        return Text(torch.cat([tokens_BLD, vectors_BND], dim=1), said.expand(len(vectors_BND)).pooled_BP)
+
+    own = {"_embed_uncached": embed, "word": word, "embed_words": embed_words}
+    return type("Random", (classes[shape.kind],), own)
 
 
 def _schedule(shape: Shape) -> Any:

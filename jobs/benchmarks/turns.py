@@ -39,7 +39,7 @@ class Turn:
 
 
 def take_turns(ways: Mapping[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, Turn]:
-    """Each way once to warm up, then A B C, C B A, …, so that a slow minute of the machine meets all alike."""
+    """Each way once to warm up, then A B C, C B A, …, so that a slow minute meets all alike."""
     results, peaks = {}, {}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name, way in ways.items():
@@ -107,9 +107,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def footer(facts: Mapping[str, Any]) -> str:
     """What was measured on, in a line."""
     libraries = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return (
-        f"{facts['device']}, {facts['hardware']}, threads: {facts['threads']}; {libraries}; {facts['date']}"
-    )
+    machine = f"{facts['device']}, {facts['hardware']}, threads: {facts['threads']}"
+    return f"{machine}; {libraries}; {facts['date']}"
 
 
 def peak_of(facts: Mapping[str, Any]) -> str:
