@@ -98,8 +98,8 @@ def describe(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{facts['model']}, {facts['size']}², {facts['precision']}: batch {facts['batch']},"
-            f" {facts['steps']} steps, guidance {facts['guidance']:g}; medians of {facts['runs']} runs (range);"
-            f" peak: {peak_of(facts)}.",
+            f" {facts['steps']} steps, guidance {facts['guidance']:g}; medians of {facts['runs']} runs"
+            f" (range); peak: {peak_of(facts)}.",
             table(("method", "calls", "s a batch", "images/s", "peak, GB", "times as long"), rows),
             footer(facts),
         ]

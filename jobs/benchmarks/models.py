@@ -164,7 +164,8 @@ def clip(name: str, device: torch.device, dtype: torch.dtype | None = None, arch
     network: Any = open_clip.create_model(architecture, device=device).eval().requires_grad_(False)
     network.visual.to(dtype)
     cfg = network.visual.preprocess_cfg
-    prepare = Preprocessing(network.visual.image_size[0], cfg["mean"], cfg["std"], device)
+    size = cfg["size"] if isinstance(cfg["size"], int) else min(cfg["size"])
+    prepare = Preprocessing(size, cfg["mean"], cfg["std"], device)
     return Clip(
         f"random {architecture} {dtype}",
         float(network.logit_scale.exp()),

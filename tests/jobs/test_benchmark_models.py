@@ -49,6 +49,41 @@ TINY = {
         (5, 16, None),
         SMALL,
     ),
+    "sdxl": Shape(
+        "sdxl",
+        {
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 16,
+            "attention_head_dim": 4,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 8 + 6 * 8,
+        },
+        (5, 16, 8),
+        SMALL,
+    ),
+    "sd3": Shape(
+        "sd3",
+        {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 8,
+        },
+        (5, 16, 8),
+        SMALL,
+        {"shift": 3.0},
+    ),
 }
 
 
