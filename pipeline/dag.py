@@ -75,7 +75,7 @@ class Dag:
     """The stages of one recipe on one backbone."""
 
     def __init__(self, config: BuildConfig, recipe: Recipe, backbone: Backbone, models: Models):
-        self.rng_seed, self.encoding = config.rng_seed, config.shard
+        self.rng_seed, self.encoding = config.rng_seed, (config.shard.image, config.shard.quality)
         self.recipe, self.backbone, self.models = recipe, backbone, models
         self.combine = method_of("combine", recipe.combine) if recipe.combine else None
         self.refine = method_of("refine", recipe.refine) if recipe.refine else None
@@ -110,6 +110,7 @@ class Dag:
         pixels_Bhw3 = pixels.numpy()
 
         made: dict[int, Candidate | CandidateFault] = {}
+        good: list[int] = []
         for slot, index in enumerate(slots):
             if index is None:
                 continue
@@ -118,23 +119,28 @@ class Dag:
             elif (deviation := float(pixels_Bhw3[slot].std())) < FLAT:
                 made[index] = CandidateFault(f"the image is flat (deviation {deviation:.2f} < {FLAT} of 255)")
             else:
-                z_CHW, chosen, known = z_BCHW[slot].contiguous(), combinations[slot], materials.seeds
-                made[index] = Candidate(
-                    index=index,
-                    image=images.encode(pixels_Bhw3[slot], self.encoding.image, self.encoding.quality),
-                    width=pixels_Bhw3.shape[2],
-                    height=pixels_Bhw3.shape[1],
-                    combination=chosen,
-                    combined_norm=combined_norm[slot] if chosen else None,
-                    parents_cosine=known.correlation(chosen.parents) if chosen and known else None,
-                    losses=losses[slot],
-                    seed_sha256=sha256(z_CHW.numpy().tobytes()),
-                    seed_norm=norm_ratio(z_CHW),
-                    prompt=generated.prompts[slot] if generated.prompts else stream.prompt,
-                    source=sources[slot],
-                    noise_ratio=generated.noise_ratios[slot] if generated.noise_ratios else None,
-                    trace=generated.traces[slot] if generated.traces else (),
-                )
+                good.append(slot)
+        files = images.encode_all([pixels_Bhw3[slot] for slot in good], *self.encoding)
+        for slot, file in zip(good, files, strict=True):
+            index = slots[slot]
+            assert index is not None
+            z_CHW, chosen, known = z_BCHW[slot].contiguous(), combinations[slot], materials.seeds
+            made[index] = Candidate(
+                index=index,
+                image=file,
+                width=pixels_Bhw3.shape[2],
+                height=pixels_Bhw3.shape[1],
+                combination=chosen,
+                combined_norm=combined_norm[slot] if chosen else None,
+                parents_cosine=known.correlation(chosen.parents) if chosen and known else None,
+                losses=losses[slot],
+                seed_sha256=sha256(z_CHW.numpy().tobytes()),
+                seed_norm=norm_ratio(z_CHW),
+                prompt=generated.prompts[slot] if generated.prompts else stream.prompt,
+                source=sources[slot],
+                noise_ratio=generated.noise_ratios[slot] if generated.noise_ratios else None,
+                trace=generated.traces[slot] if generated.traces else (),
+            )
         return made
 
     def draw(

@@ -6,8 +6,13 @@ Shape letters: B batch, h w image. Tensors are float32 RGB in [-1, 1]; arrays ar
 from __future__ import annotations
 
 import io
+import os
+import sys
 import warnings
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1 << 26  # 8192 x 8192, 256 MiB decoded: above every phone and all but studio cameras
 MAX_BYTES = 1 << 27  # 128 MiB: above the PNG of that many photographic pixels
 PILLOW_LIMIT = 2 * 89_478_485  # pixels; Pillow itself refuses more, whatever we allow
+
+ENCODERS = 8  # threads of a process, at most
 
 # Raster formats only ("JPEG" reads the MPO of phones too). Pillow would also hand EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -164,6 +171,26 @@ def encode(
         "png": {"compress_level": 1},
         "webp": {"quality": quality, "method": 4},
     }
-    file = io.BytesIO()
-    Image.fromarray(image_hw3).save(file, format, **options[format])
-    return file.getvalue()
+    with _memory_file() as file:
+        Image.fromarray(image_hw3).save(file, format, **options[format])
+        file.seek(0)
+        return file.read()
+
+
+def encode_all(
+    images: Sequence[UInt8[np.ndarray, "h w 3"]], format: Literal["jpeg", "png", "webp"], quality: int
+) -> list[bytes]:
+    """Their files, encoded side by side."""
+    return list(_encoders().map(lambda image_hw3: encode(image_hw3, format, quality), images))
+
+
+@lru_cache
+def _encoders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, ENCODERS), "encode")
+
+
+def _memory_file() -> IO[bytes]:
+    """A file in memory that the system knows as one: while Pillow writes to it, other threads run."""
+    if sys.platform == "linux":
+        return os.fdopen(os.memfd_create("image"), "w+b")
+    return io.BytesIO()

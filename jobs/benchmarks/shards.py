@@ -3,7 +3,7 @@
 Pictures are crops of a photograph in colours of their own (scikit-image's astronaut), so that they compress
 as photographs do. Three ways take turns:
 
-- ours: encoded as a build encodes, at its default quality, and packed into a tar with the row of each sample;
+- ours: encoded as a build encodes, side by side on threads and at its default quality, and put into a tar;
 - ours, equal quality: the same at the lowest quality whose images are at least as near to the originals as
   those of webdataset's defaults;
 - webdataset: `ShardWriter` with its defaults, given arrays, class, text and the same JSON.
@@ -128,13 +128,12 @@ def _described(number: int) -> dict[str, Any]:
 
 def _ours(pictures: Sequence[np.ndarray], folder: Path, quality: int) -> None:
     from pipeline.store import Store
-    from stages.images import encode
+    from stages.images import encode_all
     from stages.shard import sample, tar
 
     shutil.rmtree(folder, ignore_errors=True)
     members: dict[str, Any] = {}
-    for number, pixels in enumerate(pictures):
-        image = encode(pixels, "jpeg", quality)
+    for number, image in enumerate(encode_all(pictures, "jpeg", quality)):
         members |= sample.members(f"{number:06d}", image, "jpeg", 0, "an astronaut", _described(number))
     pieces, _ = tar.pieces(members)
     Store(str(folder)).put_new("000000.tar", *pieces)

@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -345,3 +346,17 @@ def test_quality_buys_fidelity(file_format, photographs):
     assert errors == sorted(errors, reverse=True)
     assert sizes == sorted(sizes)
     assert errors[-1] < errors[0] / 4
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+def test_many_files_are_those_of_one_after_another_in_their_order(format):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 24, 3), np.uint8)
+    assert images.encode_all(list(pixels), format, 90) == [images.encode(one, format, 90) for one in pixels]
+    assert images.encode_all([], format, 90) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files in memory")
+def test_pillow_gets_a_file_that_it_writes_to_without_holding_up_other_threads():
+    """Pillow asks for the number of the file, and keeps the interpreter to itself where there is none."""
+    with images._memory_file() as file:
+        assert os.fstat(file.fileno()).st_size == 0
