@@ -120,7 +120,8 @@ def _check(table: pa.Table, metadata: dict[str, bytes]) -> None:
 def contents(table: pa.Table) -> list[memoryview | None]:
     """The encoded images of a part, as views into the table; None for failed candidates."""
     buffers = (image.as_buffer() for image in table.column("image"))
-    return [None if buffer is None else memoryview(buffer) for buffer in buffers]
+    # Arrow's bytes have a sign, and would not equal Python's
+    return [None if buffer is None else memoryview(buffer).cast("B") for buffer in buffers]
 
 
 @dataclass(frozen=True)

@@ -387,7 +387,7 @@ def test_reproduce_notices_other_bytes(seedloom, output, monkeypatch):
 
 
 def test_reproduce_of_a_key_that_is_not_there(seedloom, output):
-    assert "'nothing': no such sample in build" in told(seedloom("reproduce", output, "nothing"))
+    assert "'nothing': no such candidate in build" in told(seedloom("reproduce", output, "nothing"))
 
 
 def test_reproduce_refuses_other_methods_than_those_of_the_build(seedloom, output, monkeypatch):
