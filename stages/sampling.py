@@ -19,9 +19,9 @@ from fractions import Fraction
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from stages.contract import Backbone, Sampler, Text
+from stages.memory import EVERYTHING, Memory
 from stages.schedule import Level, Path, Prediction
 
 
@@ -166,13 +166,13 @@ def denoise(
     last: int | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     correct: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-    checkpoint: bool = False,
+    memory: Memory = EVERYTHING,
 ) -> Float[Tensor, "B C H W"]:
     """From latents before step `first` to latents after all steps before `last`: by default from z_T to z_0.
 
     `callback(k, z_BCHW)` sees the latents after each step k; `correct(k, before, after)` may replace those
-    after it. With `checkpoint`, a backward pass recomputes each step instead of keeping its activations: the
-    memory of one step, the same gradient. Whether there is a graph at all is the caller's `torch.no_grad`.
+    after it. `memory` says of how many steps a backward pass finds the activations, and how many it recomputes.
+    Whether there is a graph at all is the caller's `torch.no_grad`.
     A sampler of second order takes its first step here, wherever that is, at first order.
     """
     path, prediction = path_of(backbone, sampler), backbone.schedule.prediction
@@ -203,10 +203,7 @@ def denoise(
             return multistep(z_BCHW, x0_BCHW, previous_BCHW, before, start, end), x0_BCHW
 
         before_BCHW = z_BCHW
-        if checkpoint:
-            z_BCHW, previous_BCHW = recompute(step, z_BCHW, previous_BCHW, use_reentrant=False)
-        else:
-            z_BCHW, previous_BCHW = step(z_BCHW, previous_BCHW)
+        z_BCHW, previous_BCHW = memory.run(step, z_BCHW, previous_BCHW)
         if correct is not None:
             z_BCHW = correct(k, before_BCHW, z_BCHW)
         if callback is not None:

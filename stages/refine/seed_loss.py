@@ -7,8 +7,8 @@ Samuel et al., arXiv:2304.14530, with the constants of the authors' code:
 over the latents z_j after the last three sampling steps (z_j itself is decoded, not x̂0). c and v̄ stand for
 the references. What the latents are a function of, and so the gradient with respect to z_T, is chosen:
 
-- `drawn` with all n steps: the published loss and its exact gradient. Checkpointing keeps its memory at one
-  step's.
+- `drawn` with all n steps: the published loss and its exact gradient, in as little as the memory of one step
+  (`stages.memory`).
 - `drawn` with k < n steps: the same value, but the Jacobian of the first n − k steps is taken as the identity
   (straight-through: z_{T−(n−k)} as a value, z_T as what it is differentiated by). For a model that predicts
   ε, Eq. 12 of DDIM has the Jacobian √(ᾱ'/ᾱ)·I where the network's own derivative is left out, which is a
@@ -32,13 +32,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
+from stages.backbones.diffusion.model import slice_of
 from stages.contract import Backbone, ClipModel, Sampler
+from stages.memory import NOTHING, Memory
 from stages.refine.views import ITSELF, View
 from stages.sampling import Condition, ddim_step, denoise, path_of, predict_guided, to_x0
 
 OMEGA = (0.05, 0.25, 0.7)  # weights of the last three latents
+
+# Pixels that are decoded and looked at together: four images of 512 x 512. Decoding keeps more for a gradient
+# than any other step, some 3 GB of such an image.
+LOSS_PIXELS = 4 * 512 * 512
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def drawn(
     sampler: Sampler,
     steps: int,
     *,
-    checkpoint: bool = True,
+    memory: Memory = NOTHING,
 ) -> list[Float[Tensor, "B C H W"]]:
     """The latents after the sampler's last three steps. The gradient goes through its last `steps` steps."""
     first, latents = sampler.steps - steps, list[Tensor]()
@@ -71,7 +76,7 @@ def drawn(
         early_BCHW = denoise(backbone, z_BCHW.detach(), asked, sampler, last=first, callback=keep)
     # the second term is 0, and what is differentiated
     straight_BCHW = early_BCHW + (z_BCHW - z_BCHW.detach())
-    denoise(backbone, straight_BCHW, asked, sampler, first=first, callback=keep, checkpoint=checkpoint)
+    denoise(backbone, straight_BCHW, asked, sampler, first=first, callback=keep, memory=memory)
     return latents[-len(OMEGA) :]
 
 
@@ -82,7 +87,7 @@ def predicted(
     sampler: Sampler,
     calls: int,
     *,
-    checkpoint: bool = True,
+    memory: Memory = NOTHING,
 ) -> Float[Tensor, "B C H W"]:
     """x̂0 at the last of `calls` timesteps, evenly spread over the sampler's path from its beginning."""
     path, kind = path_of(backbone, sampler), backbone.schedule.prediction
@@ -96,7 +101,7 @@ def predicted(
                 return to_x0(z_BCHW, output_BCHW, path.levels[place], kind)
             return ddim_step(z_BCHW, output_BCHW, path.levels[place], path.levels[following], kind)
 
-        z_BCHW = recompute(step, z_BCHW, use_reentrant=False) if checkpoint else step(z_BCHW)
+        z_BCHW = memory.run(step, z_BCHW)
     return z_BCHW
 
 
@@ -106,24 +111,26 @@ def loss_of(
     like: Likeness,
     views: Sequence[View] = ITSELF,
     *,
-    checkpoint: bool = True,
+    memory: Memory = NOTHING,
 ) -> Float[Tensor, " B"]:
     """The loss of each row, its semantic part the mean over the views of each decoded latent.
 
     `latents` are the last three of the sampler, or the one that is all there is. Rows do not mix, so the
-    gradient of the sum holds each row's own gradient.
+    gradient of the sum holds each row's own gradient, and they are decoded and looked at in slices.
     """
+    batch = len(latents[-1])
+    rows = slice_of(batch, LOSS_PIXELS // backbone.image_size**2)
+    slices = [slice(start, start + rows) for start in range(0, batch, rows)]
 
-    def distance(z_BCHW: Tensor) -> Tensor:
-        image_B3hw = backbone.decode(z_BCHW)
-        distances = [
-            1 - F.cosine_similarity(like.clip.encode_image(view(image_B3hw)), like.clip_E[None], dim=1)
-            for view in views
-        ]
-        return torch.stack(distances).mean(dim=0)
+    def distance(image_B3hw: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(like.clip.encode_image(image_B3hw), like.clip_E[None], dim=1)
 
     loss_B = like.appearance * (latents[-1] - like.latent_CHW).square().mean(dim=(1, 2, 3))
     for omega, z_j in zip(OMEGA if len(latents) > 1 else (1.0,), latents, strict=True):
-        distance_B = recompute(distance, z_j, use_reentrant=False) if checkpoint else distance(z_j)
-        loss_B = loss_B + like.semantic * omega * distance_B
+        distances = []
+        for few in slices:
+            image_B3hw = memory.run(backbone.decode, z_j[few])
+            seen = [memory.run(distance, view.of(few)(image_B3hw)) for view in views]
+            distances.append(torch.stack(seen).mean(dim=0))
+        loss_B = loss_B + like.semantic * omega * torch.cat(distances)
     return loss_B

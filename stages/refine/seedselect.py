@@ -38,6 +38,7 @@ from schemas.errors import UserError
 from schemas.settings import Settings
 from stages import registry
 from stages.contract import Backbone, Material, Models, Order, Refine, Refined, Sampler
+from stages.memory import Memory
 from stages.refine.seed_loss import OMEGA, Likeness, drawn, loss_of, predicted
 from stages.refine.stop import Plateau, Recognised, Stop
 from stages.refine.views import draw_views
@@ -97,6 +98,8 @@ class SeedSelect(Refine):
     iterations followed, by the chosen gradient and views; then that of the moved seed, again by the whole
     sampler. Where the last is above the first, the seed that came was kept, but for one that was recognised.
     """
+
+    version = 2
 
     class Config(Settings):
         method: Literal["seedselect"] = "seedselect"
@@ -177,19 +180,21 @@ class SeedSelect(Refine):
         weights = {"semantic": config.semantic, "appearance": config.appearance}
         like = Likeness(models.clip(config.clip), clip_E, latent_CHW, **weights)
         streams = [chance.own() for chance in order.chances]
+        memory = Memory.spare(start_BCHW.device)
 
         def whole(z_BCHW: Tensor) -> Tensor:
             with torch.no_grad():
                 return loss_of(backbone, drawn(backbone, z_BCHW, asked, sampler, sampler.steps), like)
 
         def followed(z_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+            memory.begin()
             steps = self._gradient_steps(sampler)
             if config.gradient == "one_step":
-                latents = [predicted(backbone, z_BCHW, asked, sampler, steps)]
+                latents = [predicted(backbone, z_BCHW, asked, sampler, steps, memory=memory)]
             else:
-                latents = drawn(backbone, z_BCHW, asked, sampler, steps)
+                latents = drawn(backbone, z_BCHW, asked, sampler, steps, memory=memory)
             views = draw_views(streams, config.views, config.noise, backbone.image_size, z_BCHW)
-            return loss_of(backbone, latents, like, views), latents[-1]
+            return loss_of(backbone, latents, like, views, memory=memory), latents[-1]
 
         def finished(z_BCHW: Tensor, z0_BCHW: Tensor, losses: list[list[float]]) -> list[bool]:
             if isinstance(config.stop, Plateau):
@@ -209,7 +214,11 @@ class SeedSelect(Refine):
             decay_from=config.decay_from,
             keep_norm=config.norm == "keep",
         )
-        before_B, after_B = whole(start_BCHW), whole(moved_BCHW)
+        if config.gradient != "one_step" and config.views == 1 and config.noise == 0:
+            before_B = start_BCHW.new_tensor([row[0] for row in losses])  # that is what was followed first
+        else:
+            before_B = whole(start_BCHW)
+        after_B = whole(moved_BCHW)
         helped_B = after_B <= before_B  # never where it is not a number
         if isinstance(config.stop, Recognised):  # its word counts for more than the loss
             helped_B |= finished_B

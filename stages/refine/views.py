@@ -37,6 +37,11 @@ class View:
             image_B3SS = self.rows_BSS[:, None] @ image_B3SS @ self.columns_BSS[:, None].mT
         return image_B3SS if self.noise_B3SS is None else image_B3SS + self.noise_B3SS
 
+    def of(self, rows: slice) -> View:
+        """The view of some of the rows."""
+        parts = (self.rows_BSS, self.columns_BSS, self.noise_B3SS)
+        return View(*(None if part is None else part[rows] for part in parts))
+
 
 ITSELF = (View(),)
 
