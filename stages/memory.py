@@ -50,13 +50,13 @@ class Memory:
     def run(self, step: Callable[..., Any], *args: Any) -> Any:
         """step(*args), which must give the same each time. Its activations are kept if the budget has room.
 
-        Steps of one name whose arguments have the same shapes are taken to save the same. The first of them
-        tells how much: it is run with everything kept, and once more where that is too much.
+        Steps of one name with arguments of the same shapes are taken to save the same. The first of them tells
+        how much: it is run with everything kept, and once more where that is too much.
         """
         if self.budget == math.inf or not torch.is_grad_enabled():
             return step(*args)
         if self.budget > 0:
-            kind = (getattr(step, "__qualname__", type(step)), *map(_shape, args))
+            kind = (getattr(step, "__qualname__", type(step)), *map(_kind, args))
             if kind not in self._sizes:
                 made, self._sizes[kind] = measured(step, *args)
                 if self._keep(self._sizes[kind]):
@@ -92,8 +92,8 @@ def measured(step: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     return made, sum(sizes.values())
 
 
-def _shape(given: Any) -> Hashable:
-    return (*given.shape, given.dtype) if isinstance(given, Tensor) else type(given)
+def _kind(given: Any) -> Hashable:
+    return (*given.shape, given.dtype, given.requires_grad) if isinstance(given, Tensor) else type(given)
 
 
 def _available() -> int:

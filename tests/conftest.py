@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 # Annotated shapes are checked in every call that a test makes.
 METHODS = (
     "sampling",
+    "memory",
     "schedule",
     "gaussianity",
     "backbones",

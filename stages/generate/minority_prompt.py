@@ -47,6 +47,7 @@ from stages import registry
 from stages.contract import Backbone, Facts, Generate, Generated, Models, Need, Order, Text
 from stages.generate.noise import row_noise
 from stages.generate.settings import SamplerSettings
+from stages.memory import EVERYTHING, Memory
 from stages.sampling import Condition, add_noise, condition, denoise, path_of, to_x0
 
 
@@ -67,21 +68,27 @@ def minority_objective(
     noise_BCHW: Float[Tensor, "B C H W"],
     s: float,
     lambda_: float,
+    memory: Memory = EVERYTHING,
 ) -> Float[Tensor, " B"]:
     """J of each row. Rows do not mix, so the gradient of the sum holds each row's own gradient."""
-    first_BCHW = predict_x0(backbone, z_BCHW, t, learned)
+    first_BCHW = memory.run(predict_x0, backbone, z_BCHW, t, learned)
     noised_BCHW = add_noise(first_BCHW, noise_BCHW, backbone.schedule.level(s))
-    second_BCHW = predict_x0(backbone, noised_BCHW, s, base)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and lambda_ > 0):
+        second_BCHW = memory.run(predict_x0, backbone, noised_BCHW, s, base)
     through_first_B = (first_BCHW - second_BCHW.detach()).square().sum(dim=(1, 2, 3))
     through_second_B = (first_BCHW.detach() - second_BCHW).square().sum(dim=(1, 2, 3))
     return through_first_B + lambda_ * through_second_B
 
 
 def diversity_objective(
-    backbone: Backbone, z_BCHW: Float[Tensor, "B C H W"], t: float, learned: Text
+    backbone: Backbone,
+    z_BCHW: Float[Tensor, "B C H W"],
+    t: float,
+    learned: Text,
+    memory: Memory = EVERYTHING,
 ) -> Float[Tensor, " B"]:
     """The mean squared distance of each row's x̂0 to those of the other rows."""
-    x0_BM = predict_x0(backbone, z_BCHW, t, learned).flatten(1)
+    x0_BM = memory.run(predict_x0, backbone, z_BCHW, t, learned).flatten(1)
     distance_BB = (x0_BM[:, None] - x0_BM[None]).square().sum(dim=2)
     return distance_BB.sum(dim=1) / (len(x0_BM) - 1)
 
@@ -168,18 +175,20 @@ class MinorityPrompt(Generate):
         base = condition(backbone, order.prompt, config.guidance, batch)
         v_NBD = backbone.word(config.start).expand(len(words), batch, -1).clone().requires_grad_()
         history: list[Tensor] = []
+        memory, asked = Memory.spare(backbone.device), base
 
         def learned() -> Text:
             prompt = " ".join([order.prompt, *words])
             return backbone.embed_words(prompt, dict(zip(words, v_NBD, strict=True)))
 
         def objective(z_BCHW: Tensor, t: float) -> Tensor:
+            memory.begin()
             if config.objective == "diversity":
-                return diversity_objective(backbone, z_BCHW, t, learned())
+                return diversity_objective(backbone, z_BCHW, t, learned(), memory)
             noise_BCHW = row_noise(streams, z_BCHW)
             s = noise_timestep(config.level, t, config.steps, total)
             return minority_objective(
-                backbone, z_BCHW, t, learned(), base.text, noise_BCHW, s, config.lambda_
+                backbone, z_BCHW, t, learned(), base.text, noise_BCHW, s, config.lambda_, memory
             )
 
         @torch.enable_grad()
@@ -192,12 +201,13 @@ class MinorityPrompt(Generate):
                 history.append(objective_B.detach())
 
         def ask(k: int, z_BCHW: Tensor) -> Condition:
-            optimised = k % config.every == 0 and times[k] > config.above * total
-            if optimised:
+            nonlocal asked
+            if k % config.every == 0 and times[k] > config.above * total:
                 improve(z_BCHW, times[k])
-            if optimised or (history and config.unoptimised == "learned"):
-                return Condition(learned(), base.negative, config.guidance)
-            return base
+                asked = Condition(learned(), base.negative, config.guidance)
+            elif config.unoptimised == "base":
+                asked = base
+            return asked
 
         with torch.no_grad():
             z0_BCHW = denoise(backbone, order.z_BCHW, ask, self.sampler())

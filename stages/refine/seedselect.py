@@ -214,11 +214,11 @@ class SeedSelect(Refine):
             decay_from=config.decay_from,
             keep_norm=config.norm == "keep",
         )
-        if config.gradient != "one_step" and config.views == 1 and config.noise == 0:
-            before_B = start_BCHW.new_tensor([row[0] for row in losses])  # that is what was followed first
-        else:
-            before_B = whole(start_BCHW)
         after_B = whole(moved_BCHW)
+        if config.gradient == "one_step" or config.views > 1 or config.noise > 0:
+            before_B = whole(start_BCHW)
+        else:  # the loss that was followed first
+            before_B = after_B.new_tensor([row[0] for row in losses])
         helped_B = after_B <= before_B  # never where it is not a number
         if isinstance(config.stop, Recognised):  # its word counts for more than the loss
             helped_B |= finished_B
