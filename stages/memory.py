@@ -1,7 +1,7 @@
 """What a forward pass keeps for its gradient: activations while they fit, recomputation where they do not.
 
 A gradient needs what every step of the forward pass saved. A step that keeps nothing is run again when its
-turn comes in the backward pass (Chen et al., arXiv:1604.06174): a third more work, and the memory of one step.
+turn comes in the backward pass (Chen et al., arXiv:1604.06174): the memory of one step for a third more work.
 Either way the same kernels see the same numbers, so a gradient has the same bits whatever was kept, and the
 budget may be what this machine has to spare.
 """
@@ -37,9 +37,14 @@ class Memory:
     def spare(cls, device: torch.device) -> Memory:
         """A share of what the device has free; of a CPU's, the part of one worker, by its threads."""
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return cls(int(SHARE * (free + unused)))
+            index = torch.cuda.current_device() if device.index is None else device.index
+            free, total = torch.cuda.mem_get_info(index)
+            used, limit = (
+                torch.cuda.memory_allocated(index),
+                torch.cuda.get_per_process_memory_fraction(index),
+            )
+            there = min(free + torch.cuda.memory_reserved(index), limit * total) - used
+            return cls(max(0, int(SHARE * there)))
         workers = max(1, (os.cpu_count() or 1) / torch.get_num_threads())
         return cls(int(SHARE * _available() / workers))
 
@@ -50,8 +55,8 @@ class Memory:
     def run(self, step: Callable[..., Any], *args: Any) -> Any:
         """step(*args), which must give the same each time. Its activations are kept if the budget has room.
 
-        Steps of one name with arguments of the same shapes are taken to save the same. The first of them tells
-        how much: it is run with everything kept, and once more where that is too much.
+        Steps of one name with arguments of the same shapes are taken to save the same. The first of them
+        tells how much: it is run with everything kept, and once more where that is too much.
         """
         if self.budget == math.inf or not torch.is_grad_enabled():
             return step(*args)
@@ -93,7 +98,9 @@ def measured(step: Callable[..., Any], *args: Any) -> tuple[Any, int]:
 
 
 def _kind(given: Any) -> Hashable:
-    return (*given.shape, given.dtype, given.requires_grad) if isinstance(given, Tensor) else type(given)
+    if isinstance(given, Tensor):
+        return (given.shape, given.dtype, given.requires_grad)
+    return type(given)
 
 
 def _available() -> int:

@@ -9,7 +9,8 @@
   [-1, 1], of any size, and encode_text of a sequence of texts, a row of features for each, and `logit_scale`,
   the number that cosines are multiplied with (100 for most).
 
-Weights are read as safetensors only, and no code that comes with a model is ever run.
+Weights are read as safetensors only, and no code that comes with a model is ever run. GPUs look at images in
+half precision, except by a user's own model; features are float32 all the same.
 
 Shape letters: B batch, h w image, E features.
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from schemas.errors import UserError
 from schemas.ids import fingerprint
 from stages.backbones import files, hub, own
+from stages.backbones.device import tower_precision_on
 from stages.backbones.pretrained import load_pretrained, map_weights, preprocessing_of
 from stages.backbones.resize import Preprocessing
 
@@ -40,6 +42,9 @@ ALLOWED = (
 )
 OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
 TRANSFORMERS = ("config.json", "model.safetensors")
+# The rule of `tower_precision_on`, for fingerprints: plans are made where no GPU is, and a part's environment
+# says which device it was.
+PRECISION = "float16 on GPUs"
 SIDE = (".json", ".txt", ".model")  # suffixes of what is read beside weights
 
 
@@ -66,7 +71,9 @@ class Clip:
             return torch.cat([self._read(text) for text in texts])
 
 
-def load_clip(model: str, device: torch.device) -> Clip:
+def load_clip(model: str, device: torch.device, dtype: torch.dtype | None = None) -> Clip:
+    """The model, its image tower in the given precision or that of the device."""
+    dtype = dtype or tower_precision_on(device)
     what, identity = f"clip {model}", clip_fingerprint(model)  # says clearly what is wrong with a name
     kind, name = _parse(model)
     if kind == "own":
@@ -74,11 +81,11 @@ def load_clip(model: str, device: torch.device) -> Clip:
     with files.told(what):
         if kind == "listed":
             architecture, _, weights = name.partition("/")
-            return _open_clip(architecture, weights, _listed_file(name), identity, device)
+            return _open_clip(architecture, weights, _listed_file(name), identity, device, dtype)
         folder = _folder(model)
         if (folder / OPEN_CLIP[0]).is_file():
-            return _open_clip(f"{LOCAL}{folder}", None, folder / OPEN_CLIP[1], identity, device)
-        return _transformers_clip(folder, what, identity, device)
+            return _open_clip(f"{LOCAL}{folder}", None, folder / OPEN_CLIP[1], identity, device, dtype)
+        return _transformers_clip(folder, what, identity, device, dtype)
 
 
 def clip_fingerprint(model: str) -> str:
@@ -90,12 +97,16 @@ def clip_fingerprint(model: str) -> str:
         file = _listed_file(name)
         architecture = name.partition("/")[0]
         return fingerprint(
-            {"architecture": architecture, "files": list(files.hashes(file.parent, [file]).values())}
+            {
+                "architecture": architecture,
+                "files": list(files.hashes(file.parent, [file]).values()),
+                "precision": PRECISION,
+            }
         )
     folder = _folder(model)
     layout = OPEN_CLIP if (folder / OPEN_CLIP[0]).is_file() else TRANSFORMERS
     used = [file for file in folder.iterdir() if file.suffix in SIDE]
-    return fingerprint({"files": files.hashes(folder, [*used, folder / layout[1]])})
+    return fingerprint({"files": files.hashes(folder, [*used, folder / layout[1]]), "precision": PRECISION})
 
 
 def clip_feature_size(model: str) -> int | None:
@@ -117,25 +128,30 @@ def clip_feature_size(model: str) -> int | None:
         return int(json.loads((folder / TRANSFORMERS[0]).read_bytes())["projection_dim"])
 
 
-def _open_clip(name: str, weights: str | None, file: Path, identity: str, device: torch.device) -> Clip:
+def _open_clip(
+    name: str, weights: str | None, file: Path, identity: str, device: torch.device, dtype: torch.dtype
+) -> Clip:
     import open_clip
 
     with torch.inference_mode(False):
         network = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
     tokenizer = open_clip.get_tokenizer(name)
     network = _ready(network, file, device)
+    network.visual.to(dtype)
     cfg = network.visual.preprocess_cfg
     size = cfg["size"] if isinstance(cfg["size"], int) else min(cfg["size"])
     prepare = Preprocessing(size, cfg["mean"], cfg["std"], device)
     return Clip(
         identity,
         float(network.logit_scale.exp()),
-        see=lambda image_B3hw: network.encode_image(prepare(image_B3hw)),
+        see=lambda image_B3hw: features(network.encode_image, prepare(image_B3hw), dtype),
         read=lambda text: network.encode_text(tokenizer([text]).to(device)),
     )
 
 
-def _transformers_clip(folder: Path, what: str, identity: str, device: torch.device) -> Clip:
+def _transformers_clip(
+    folder: Path, what: str, identity: str, device: torch.device, dtype: torch.dtype
+) -> Clip:
     import transformers
 
     kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
@@ -148,7 +164,12 @@ def _transformers_clip(folder: Path, what: str, identity: str, device: torch.dev
     processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     network, prepare = _ready(network, None, device), preprocessing_of(processor, what, device)
+    for part in (network.vision_model, network.visual_projection):
+        part.to(dtype)
     longest = network.config.text_config.max_position_embeddings
+
+    def tower(pixels_B3ss: Tensor) -> Tensor:
+        return network.get_image_features(pixels_B3ss).pooler_output
 
     def read(text: str) -> Tensor:
         tokens = tokenizer([text], truncation=True, max_length=longest, return_tensors="pt").to(device)
@@ -157,9 +178,31 @@ def _transformers_clip(folder: Path, what: str, identity: str, device: torch.dev
     return Clip(
         identity,
         float(network.logit_scale.exp()),
-        see=lambda image_B3hw: network.get_image_features(prepare(image_B3hw)).pooler_output,
+        see=lambda image_B3hw: features(tower, prepare(image_B3hw), dtype),
         read=read,
     )
+
+
+def features(
+    tower: Callable[[Tensor], Tensor], pixels_B3ss: Float[Tensor, "B 3 s s"], dtype: torch.dtype
+) -> Float[Tensor, "B E"]:
+    """What a tower of some precision makes of pixels, in float32.
+
+    Half precision has no small numbers, and gradients are small. So the gradient of each row goes through the
+    tower times the power of two that brings it near 1 (Micikevicius et al., arXiv:1710.03740, per row).
+    """
+    found_BE = tower(pixels_B3ss.to(dtype)).float()
+    if not found_BE.requires_grad or dtype == torch.float32:
+        return found_BE
+    exponents: list[Tensor] = []
+
+    def enlarge(gradient_BE: Tensor) -> Tensor:
+        exponents.append(torch.frexp(gradient_BE.abs().amax(dim=1)).exponent.clamp(-100, 100))
+        return torch.ldexp(gradient_BE, -exponents[-1][:, None])
+
+    found_BE.register_hook(enlarge)
+    pixels_B3ss.register_hook(lambda gradient: torch.ldexp(gradient, exponents.pop()[:, None, None, None]))
+    return found_BE.view_as(found_BE)  # what others ask the gradient of is not what was enlarged
 
 
 def _ready(network: Any, file: Path | None, device: torch.device) -> Any:

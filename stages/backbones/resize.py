@@ -46,7 +46,7 @@ class Preprocessing:
     """Image tensors in [-1, 1], of any size, as a network wants them: `resize_crop`, then normalised.
 
     The whole of a square image is seen, whatever extra crop the network's own evaluation makes. `mean` and
-    `std` are of pixels on [0, 1].
+    `std` are of pixels on [0, 1]. The images may come from another device.
     """
 
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], device: torch.device):
@@ -56,5 +56,5 @@ class Preprocessing:
         )
 
     def __call__(self, image_B3hw: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 s s"]:
-        pixels_B3ss = (resize_crop(image_B3hw, self.size) + 1) / 2
+        pixels_B3ss = (resize_crop(image_B3hw.to(self._mean.device), self.size) + 1) / 2
         return (pixels_B3ss - self._mean) / self._std
