@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Memory:
     def __init__(self, budget: float):
         self.budget = budget
         self.kept = 0  # bytes, by the steps since `begin`
-        self._sizes: dict[Hashable, int] = {}
+        self._sizes: dict[Any, int] = {}
 
     @classmethod
     def spare(cls, device: torch.device) -> Memory:
@@ -97,7 +97,7 @@ def measured(step: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     return made, sum(sizes.values())
 
 
-def _kind(given: Any) -> Hashable:
+def _kind(given: Any) -> Any:
     if isinstance(given, Tensor):
         return (given.shape, given.dtype, given.requires_grad)
     return type(given)

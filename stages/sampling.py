@@ -171,8 +171,8 @@ def denoise(
     """From latents before step `first` to latents after all steps before `last`: by default from z_T to z_0.
 
     `callback(k, z_BCHW)` sees the latents after each step k; `correct(k, before, after)` may replace those
-    after it. `memory` decides which steps keep their activations for a backward pass, and which it runs again;
-    whether there is a graph at all is the caller's `torch.no_grad`.
+    after it. `memory` decides which steps keep their activations for a backward pass, and which are run
+    again; whether there is a graph at all is the caller's `torch.no_grad`.
     A sampler of second order takes its first step here, wherever that is, at first order.
     """
     path, prediction = path_of(backbone, sampler), backbone.schedule.prediction

@@ -98,7 +98,7 @@ def load_classifier(model: str, device: torch.device) -> Classifier:
         identity, classes = _own_facts(model)
 
         def see(image_B3hw: Tensor) -> Tensor:
-            found = made.logits(image_B3hw)
+            found = made.logits(image_B3hw.to(device))
             return own.rows(found, len(image_B3hw), what, "logits", "images", len(classes))
 
         return Classifier(identity, classes, see)

@@ -219,7 +219,7 @@ def _own_clip(path: str, what: str, identity: str, device: torch.device) -> Clip
         raise UserError(f"{what}: its logit_scale is no number: {files.first_line(error)}") from error
 
     def see(image_B3hw: Tensor) -> Tensor:
-        return own.rows(made.encode_image(image_B3hw), len(image_B3hw), what, "features", "images")
+        return own.rows(made.encode_image(image_B3hw.to(device)), len(image_B3hw), what, "features", "images")
 
     def read(text: str) -> Tensor:
         return own.rows(made.encode_text([text]), 1, what, "features", "texts")
