@@ -16,6 +16,7 @@ from stages.generate.minority_prompt import (
     noise_timestep,
 )
 from stages.generate.text_to_image import TextToImage
+from stages.memory import Memory
 from stages.sampling import add_noise, to_epsilon
 from tests.levels import at
 from tests.small_build import make_config, noise_recipe
@@ -102,6 +103,20 @@ def test_with_lambda_1_the_gradient_is_that_of_eq_7(toy):
     assert (ours(1.0) - same_prompt_twice).norm() > 0.05 * whole.norm()
 
 
+def test_no_gradient_is_made_that_lambda_0_multiplies_away(toy):
+    """The second prediction has a graph, and with it a backward pass, only where its half of J counts."""
+    predict, graphs = toy.predict, []
+    toy.predict = lambda *asked: (made := predict(*asked), graphs.append(made.requires_grad))[0]
+    z_BCHW, noise_BCHW = doubles(2, 3, 1, 1, seed=3), doubles(2, 3, 1, 1, seed=4)
+    learned_BLD, base_BLD = doubles(2, 1, 2, seed=5).requires_grad_(), doubles(2, 1, 2, seed=6)
+    asked = (toy, z_BCHW, 300, Text(learned_BLD), Text(base_BLD), noise_BCHW, 200)
+    half_B, whole_B = (minority_objective(*asked, lambda_) for lambda_ in (0.0, 1.0))
+    assert graphs == [True, False, True, True]
+    torch.testing.assert_close(2 * half_B, whole_B)
+    with torch.no_grad():
+        assert not minority_objective(*asked, 1.0).requires_grad
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_proposition_1_the_objective_is_the_error_of_the_model(gaussian_backbone, prediction_type):
     backbone, s = gaussian_backbone(prediction_type), 600
@@ -145,6 +160,7 @@ def test_words_are_learned_in_their_window_at_every_nth_step(gaussian_backbone, 
     other = Watched(gaussian_backbone())
     drawn(other, models, order(other, 0), **settings, unoptimised="learned")
     asked = [float(text_BLD[-1]) for text_BLD in other.texts]
+    assert len(other.learned) == 6  # two iterations and what they led to, twice: asked for no more than once
     assert asked[5] == asked[4] != base
     assert asked[-1] == asked[-2] == asked[-3] == asked[-4] != asked[4]
 
@@ -219,6 +235,18 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone, models):
     assert torch.equal(other.image_B3hw[3], first.image_B3hw[0])
     assert other.traces[3] == first.traces[0] != []
     assert made([row_CHW, *others], [8, 1, 2, 3]).traces[0] != first.traces[0]
+
+
+@pytest.mark.parametrize("objective", ["minority", "diversity"])
+def test_what_is_kept_changes_no_bit_of_an_image(load_tiny, models, monkeypatch, objective):
+    backbone = load_tiny()
+    what, made = order(backbone, 0, 1), []
+    for budget in (0, 2_000_000, 2**40):
+        monkeypatch.setattr(Memory, "spare", lambda device, budget=budget: Memory(budget))
+        made.append(drawn(backbone, models, what, steps=2, iterations=2, lr=0.1, objective=objective))
+    for other in made[1:]:
+        assert torch.equal(other.image_B3hw, made[0].image_B3hw)
+        assert other.traces == made[0].traces
 
 
 def test_diversity_is_the_spread_of_the_batch(gaussian_backbone):

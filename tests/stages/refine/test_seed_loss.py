@@ -2,13 +2,16 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stages.contract import Sampler, Text
+from stages.memory import EVERYTHING, NOTHING, Memory
+from stages.refine import seed_loss
 from stages.refine.seed_loss import OMEGA, Likeness, drawn, loss_of, predicted
-from stages.refine.views import View
+from stages.refine.views import ITSELF, View, draw_views
 from stages.sampling import add_noise, condition, denoise
 
 SAMPLER = Sampler(steps=4, guidance=3.0)
@@ -28,12 +31,12 @@ def problem(double_backbone, simple_models):
     """The loss of seeds by each kind of gradient: latents by `drawn` or `predicted` through so many steps."""
     clip = simple_models(16).clip("")
 
-    def loss(z_BCHW, latents_of=drawn, steps=SAMPLER.steps, checkpoint=False, **weights):
+    def loss(z_BCHW, latents_of=drawn, steps=SAMPLER.steps, memory=EVERYTHING, views=ITSELF, **weights):
         asked = condition(double_backbone, "a cat", SAMPLER.guidance, len(z_BCHW))
-        latents = latents_of(double_backbone, z_BCHW, asked, SAMPLER, steps, checkpoint=checkpoint)
+        latents = latents_of(double_backbone, z_BCHW, asked, SAMPLER, steps, memory=memory)
         latents = [latents] if latents_of is predicted else latents
         like = likeness(clip, noise(4, 8, 8, seed=2), **weights)
-        return loss_of(double_backbone, latents, like, checkpoint=checkpoint)
+        return loss_of(double_backbone, latents, like, views, memory=memory)
 
     return loss
 
@@ -70,10 +73,50 @@ KINDS = [{}, {"steps": 2}, {"latents_of": predicted, "steps": 1}]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_is_plain_backward(problem, kind):
+def test_the_gradient_has_the_same_bits_whatever_is_kept(problem, kind):
     z_BCHW = noise(3, 4, 8, 8)
-    plain, checkpointed = (gradient(problem, z_BCHW, checkpoint=flag, **kind) for flag in (False, True))
-    torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-14)
+    plain = gradient(problem, z_BCHW, **kind)
+    whole = Memory(2**40)
+    assert torch.equal(gradient(problem, z_BCHW, memory=whole, **kind), plain)
+    for memory in (Memory(whole.kept), Memory(whole.kept // 2), NOTHING):
+        assert torch.equal(gradient(problem, z_BCHW, memory=memory, **kind), plain)
+        assert memory.kept < whole.kept
+
+
+def test_on_real_models_it_has_the_same_bits_as_well(backbone, models):
+    """In float32, with tangram's CLIP model, in two views of each row."""
+    clip, size = models.clip("tangram"), backbone.image_size
+    clip_E = clip.encode_text(["a photo of a star"])[0]
+    like = Likeness(clip, clip_E, noise(*backbone.latent_shape, seed=1).float(), 10.0, 1.0)
+    z_BCHW, asked = noise(2, *backbone.latent_shape).float(), condition(backbone, "a star", 2.0, 2)
+    streams = [np.random.default_rng(row) for row in range(2)]
+    views = draw_views(streams, 2, 0.1, size, z_BCHW)
+
+    def loss(z_BCHW, memory):
+        latents = drawn(backbone, z_BCHW, asked, Sampler(3, 2.0), 3, memory=memory)
+        return loss_of(backbone, latents, like, views, memory=memory)
+
+    whole = Memory(2**40)
+    kept = gradient(loss, z_BCHW, memory=whole)
+    some = Memory(whole.kept // 2)
+    assert torch.equal(gradient(loss, z_BCHW, memory=some), kept)
+    assert 0 < some.kept < whole.kept
+    assert torch.equal(gradient(loss, z_BCHW, memory=NOTHING), kept)
+
+
+def test_slices_of_a_batch_are_decoded_by_themselves_and_keep_their_rows_views(
+    problem, double_backbone, monkeypatch
+):
+    z_BCHW, sizes, decode = noise(6, 4, 8, 8), [], double_backbone.vae.decode
+    monkeypatch.setattr(double_backbone.vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    streams = [np.random.default_rng(row) for row in range(6)]
+    kind = {"views": draw_views(streams, 2, 0.1, 16, z_BCHW), "latents_of": predicted, "steps": 1}
+    whole_B, whole = problem(z_BCHW, **kind), gradient(problem, z_BCHW, **kind)
+    assert sizes == [6, 6]
+    monkeypatch.setattr(seed_loss, "LOSS_PIXELS", 4 * 16 * 16)
+    torch.testing.assert_close(problem(z_BCHW, **kind), whole_B, rtol=1e-12, atol=0)
+    assert sizes[2:] == [3, 3]  # the most that is allowed and divides the batch
+    torch.testing.assert_close(gradient(problem, z_BCHW, **kind), whole, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,8 @@ from jobs.tangram.drawings import draw, generator
 from schemas.errors import UserError
 from stages.contract import DUMMY, Chance, Material, Order, Sampler
 from stages.images import to_tensor
+from stages.memory import Memory
+from stages.refine import seed_loss
 from stages.refine.seed_loss import Likeness, drawn, loss_of
 from stages.refine.seedselect import SeedSelect, descend
 from stages.refine.stop import Plateau
@@ -100,10 +102,13 @@ def test_the_loss_falls_on_a_real_model(tangram, models):
         {"gradient": "one_step", "views": 3},
         {"stop": {"plateau": 0.0, "patience": 1}, "lr": 2.0, "iterations": 3, "gradient": "one_step"},
         {"stop": {"classifier": "tangram", "probability": 0.2}, "gradient": "one_step"},
+        {"gradient": "one_step", "views": 2, "noise": 0.1, "sliced": True},
     ],
 )
-def test_a_row_knows_neither_its_neighbours_nor_its_slot(load_tiny, models, settings):
-    backbone = load_tiny()
+def test_a_row_knows_neither_its_neighbours_nor_its_slot(load_tiny, models, settings, monkeypatch):
+    backbone, settings = load_tiny(), dict(settings)
+    if settings.pop("sliced", False):
+        monkeypatch.setattr(seed_loss, "LOSS_PIXELS", 2 * backbone.image_size**2)
     row_CHW, others = noise(*backbone.latent_shape), noise(3, *backbone.latent_shape, seed=1)
     poisoned = others.clone()
     poisoned[1] = torch.nan
@@ -224,6 +229,33 @@ def test_a_row_that_is_recognised_stays_moved_though_its_loss_rose(refine, gauss
     assert 1 < len(followed) < 6
     assert after > before
     assert not torch.equal(refined.z_BCHW, start)
+
+
+@pytest.mark.parametrize(("settings", "passes"), [({}, 4), ({"views": 2}, 5), ({"gradient": "truncated"}, 4)])
+def test_no_pass_through_the_sampler_is_made_twice(gaussian_backbone, simple_models, settings, passes):
+    """Three iterations, and the picture of the moved seed; that of the seed that came only where it has views.
+
+    Here everything can be kept, so nothing is run again.
+    """
+    backbone, start = gaussian_backbone(), noise(2, 4, 4, 4, dtype=torch.float64)
+    artifact = {"clip_E": noise(5, seed=1).double(), "latent_CHW": noise(4, 4, 4, seed=2).double()}
+    order = Order("", start, chances=[DUMMY] * 2, artifact=artifact)
+    SeedSelect(SeedSelect.Config(iterations=3, **settings))(backbone, simple_models(4), order, SAMPLER)
+    assert backbone.batches == [2] * passes * SAMPLER.steps
+
+
+def test_what_is_kept_changes_no_bit_of_a_seed(load_tiny, models, monkeypatch):
+    backbone = load_tiny()
+    method = SeedSelect(SeedSelect.Config(iterations=2, views=2))
+    artifact = method.prepare(backbone, models, material(noise(2, 3, 16, 16)))
+    order = Order("a star", noise(2, *backbone.latent_shape), chances=[DUMMY] * 2, artifact=artifact)
+    made = []
+    for budget in (0, 2_000_000, 2**40):
+        monkeypatch.setattr(Memory, "spare", lambda device, budget=budget: Memory(budget))
+        made.append(method(backbone, models, order, Sampler(3, 2.0)))
+    assert torch.equal(made[0].z_BCHW, made[1].z_BCHW)
+    assert torch.equal(made[0].z_BCHW, made[2].z_BCHW)
+    assert made[0].losses == made[1].losses == made[2].losses
 
 
 def test_views_and_noise_come_from_each_rows_chance(refine):
