@@ -322,6 +322,8 @@ def test_a_users_own_network_is_trained_no_more():
     classifier = load_classifier(own("Network"), CPU)
     assert torch.equal(classifier.logits(pictures()), classifier.logits(pictures()))  # no dropout
     assert not classifier.logits(pictures()).requires_grad
+    elsewhere = load_classifier(own("Network"), torch.device("meta"))
+    assert elsewhere.logits(pictures()).device.type == "meta"  # the pictures are on the CPU
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from jobs.tangram.drawings import CLASSES, draw, generator
 from schemas.errors import UserError
 from stages.backbones.clip import OPEN_CLIP, clip_feature_size, clip_fingerprint, load_clip
+from stages.backbones.device import tower_precision_on
 from stages.backbones.pretrained import map_weights
 from stages.backbones.weights import TANGRAM
 from stages.contract import Question
 from stages.filter.clip import ClipFilter
+from stages.images import to_tensor
 
 CPU = torch.device("cpu")
 
@@ -58,6 +62,58 @@ def test_the_gradient_reaches_the_pixels(models):
     models.clip("tangram").encode_image(image_B3hw).square().sum().backward()
     assert (image_B3hw.grad[:, :, 10:90] != 0).float().mean() > 0.99  # the centre square of 80 × 80
     assert torch.equal(image_B3hw.grad[:, :, :8], torch.zeros(1, 3, 8, 80))
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """One of each kind."""
+    kinds = [draw(word, generator("references", word, 0))[0] for word in CLASSES]
+    return torch.stack([to_tensor(drawing, 64) for drawing in kinds])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_half_precision_leaves_features_and_cosines(models, drawings, dtype, error):
+    """Measured: 2e-4 and 2e-3 of a cosine with a text; the cosine with the feature itself is above 0.9999."""
+    full, half = models.clip("tangram"), load_clip("tangram", CPU, dtype)
+    text_KE = F.normalize(full.encode_text([f"a photo of a {word}" for word in CLASSES]), dim=1)
+    with torch.no_grad():
+        one_NE, other_NE = full.encode_image(drawings), half.encode_image(drawings)
+    assert other_NE.dtype == torch.float32
+    assert not torch.equal(one_NE, other_NE)
+    assert F.cosine_similarity(one_NE, other_NE, dim=1).min() > 0.9999
+    cosine_NK, rounded_NK = (F.normalize(each_NE, dim=1) @ text_KE.T for each_NE in (one_NE, other_NE))
+    assert (cosine_NK - rounded_NK).abs().max() < error
+    assert torch.equal(half.encode_text(["a ring"]), full.encode_text(["a ring"]))  # once for all: in full
+    assert half.fingerprint == full.fingerprint
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_small_gradients_come_through_half_precision(models, drawings, size):
+    """float16 has nothing below 6e-8; and no row's bits depend on how large another's gradient is."""
+    half = load_clip("tangram", CPU, torch.float16)
+
+    def gradients(clip, size_B):
+        image_B3hw = drawings[:4].clone().requires_grad_()
+        features_BE = clip.encode_image(image_B3hw)
+        loss = (size_B * F.cosine_similarity(features_BE, features_BE.detach().roll(1, 0), dim=1)).sum()
+        return torch.autograd.grad(loss, [image_B3hw, features_BE])
+
+    size_B = torch.tensor([size] * 4)
+    (one_B3hw, one_BE), (other_B3hw, other_BE) = (
+        gradients(clip, size_B) for clip in (models.clip("tangram"), half)
+    )
+    assert F.cosine_similarity(one_B3hw.flatten(1), other_B3hw.flatten(1), dim=1).min() > 0.95
+    norm_B, rounded_B = (each_B3hw.flatten(1).norm(dim=1) for each_B3hw in (one_B3hw, other_B3hw))
+    torch.testing.assert_close(rounded_B, norm_B, rtol=0.05, atol=0)
+    torch.testing.assert_close(other_BE, one_BE, rtol=0.05, atol=0.02 * float(one_BE.abs().max()))
+    large = gradients(half, size_B * torch.tensor([1.0, 1e5, torch.nan, 0.0]))[0]
+    assert torch.equal(large[0], other_B3hw[0])
+    assert torch.equal(large[3], torch.zeros_like(large[3]))
+
+
+def test_a_cpu_looks_in_full_precision_and_a_gpu_in_half():
+    assert tower_precision_on(CPU) == torch.float32
+    assert tower_precision_on(torch.device("cuda")) == torch.float16
 
 
 def test_the_fingerprint_is_of_the_bytes(models, folder):
@@ -182,6 +238,9 @@ def test_a_model_of_transformers_gives_what_transformers_gives(
         assert clip.logit_scale == pytest.approx(network.logit_scale.exp().item())
         assert clip.fingerprint == clip_fingerprint(str(transformers_folder))
         assert clip_feature_size(name) == 24 == ours_BE.shape[1]
+        half_BE = load_clip(name, CPU, torch.float16).encode_image(image_3hw[None])
+        assert half_BE.dtype == torch.float32
+        assert 0 < (half_BE - ours_BE).norm() < 5e-3 * ours_BE.norm()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from stages.backbones.resize import resize_crop
+from stages.backbones.resize import Preprocessing, resize_crop
 
 
 def images(height, width, dtype=torch.float64):
@@ -25,6 +25,12 @@ def test_the_same_as_torchvision(height, width, size):
 def test_an_image_of_the_right_size_is_untouched():
     image_B3hw = images(64, 64, torch.float32)
     assert resize_crop(image_B3hw, 64) is image_B3hw
+
+
+def test_images_come_to_the_device_of_the_network():
+    """Scores are of decoded images, which are on the CPU; meta stands for a device that tests have not."""
+    prepare = Preprocessing(32, [0.5] * 3, [0.5] * 3, torch.device("meta"))
+    assert prepare(images(64, 48, torch.float32)).device.type == "meta"
 
 
 def test_the_gradient_is_that_of_torchs_kernel():

@@ -16,6 +16,7 @@ from stages.backbones.diffusion.load import load_backbone
 from stages.backbones.diffusion.model import compile_networks, slice_of
 from stages.backbones.diffusion.settings import BackboneSettings
 from stages.contract import Sampler
+from stages.memory import EVERYTHING, NOTHING, Memory
 from stages.sampling import denoise
 
 CPU = torch.device("cpu")
@@ -89,9 +90,9 @@ def test_compiled_networks_change_rounding_alone(load_tiny):
     backbone = load_tiny()
     text = backbone.embed(["a cat"])
 
-    def predicted(batch):
+    def predicted(batch, memory=EVERYTHING):
         z_BCHW = noise(batch, backbone).requires_grad_()
-        output_BCHW = backbone.predict(z_BCHW, 300, text.expand(batch))
+        output_BCHW = memory.run(backbone.predict, z_BCHW, 300, text.expand(batch))
         return output_BCHW.detach(), *torch.autograd.grad(output_BCHW.square().sum(), z_BCHW)
 
     bare = {batch: predicted(batch) for batch in (1, 2, 4)}
@@ -107,6 +108,9 @@ def test_compiled_networks_change_rounding_alone(load_tiny):
         torch._dynamo.reset()
         for batch in (4, 1, 2):
             assert all(map(torch.equal, predicted(batch), compiled[batch]))
+        for memory in (Memory(2**40), NOTHING):  # measured and kept, and run again
+            assert all(map(torch.equal, predicted(2, memory), compiled[2]))
+            assert memory.kept > 0 or memory is NOTHING
     finally:  # the model is that of other tests as well
         backbone.denoiser._compiled_call_impl = backbone.vae.decoder._compiled_call_impl = None
         torch._dynamo.reset()

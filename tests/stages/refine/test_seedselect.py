@@ -233,7 +233,7 @@ def test_a_row_that_is_recognised_stays_moved_though_its_loss_rose(refine, gauss
 
 @pytest.mark.parametrize(("settings", "passes"), [({}, 4), ({"views": 2}, 5), ({"gradient": "truncated"}, 4)])
 def test_no_pass_through_the_sampler_is_made_twice(gaussian_backbone, simple_models, settings, passes):
-    """Three iterations, and the picture of the moved seed; that of the seed that came only where it has views.
+    """Three iterations, and the picture of the moved seed; that of the seed that came where there are views.
 
     Here everything can be kept, so nothing is run again.
     """
