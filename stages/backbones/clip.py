@@ -202,7 +202,7 @@ def features(
 
     found_BE.register_hook(enlarge)
     pixels_B3ss.register_hook(lambda gradient: torch.ldexp(gradient, exponents.pop()[:, None, None, None]))
-    return found_BE.view_as(found_BE)  # what others ask the gradient of is not what was enlarged
+    return found_BE
 
 
 def _ready(network: Any, file: Path | None, device: torch.device) -> Any:

@@ -240,6 +240,7 @@ def test_a_model_of_transformers_gives_what_transformers_gives(
         assert clip_feature_size(name) == 24 == ours_BE.shape[1]
         half_BE = load_clip(name, CPU, torch.float16).encode_image(image_3hw[None])
         assert half_BE.dtype == torch.float32
+        assert torch.equal(half_BE.half().float(), half_BE)
         assert 0 < (half_BE - ours_BE).norm() < 5e-3 * ours_BE.norm()
 
 
