@@ -197,7 +197,8 @@ def features(
     exponents: list[Tensor] = []
 
     def enlarge(gradient_BE: Tensor) -> Tensor:
-        exponents.append(torch.frexp(gradient_BE.abs().amax(dim=1)).exponent.clamp(-100, 100))
+        exponent_B = torch.frexp(gradient_BE.abs().amax(dim=1)).exponent
+        exponents.append(exponent_B.clamp(-100, 100))  # float32 has the powers of two up to 127
         return torch.ldexp(gradient_BE, -exponents[-1][:, None])
 
     found_BE.register_hook(enlarge)

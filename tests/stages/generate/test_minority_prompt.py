@@ -240,7 +240,7 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone, models):
 @pytest.mark.parametrize("objective", ["minority", "diversity"])
 def test_what_is_kept_changes_no_bit_of_an_image(load_tiny, models, monkeypatch, objective):
     backbone = load_tiny()
-    what, settings = order(backbone, 0, 1), {"steps": 2, "lr": 0.1, "objective": objective}
+    what, settings = order(backbone, 0, 1), {"steps": 2, "above": 0.0, "lr": 0.1, "objective": objective}
 
     def run(iterations, budget):
         memory = Memory(budget)
@@ -250,7 +250,7 @@ def test_what_is_kept_changes_no_bit_of_an_image(load_tiny, models, monkeypatch,
 
     kept = run(1, 2**40)[2]
     one, *others = (run(2, budget) for budget in (2**40, kept, 0))
-    assert one[2] == kept  # what the first iteration kept is gone
+    assert one[2] == kept > 0  # what the first iteration kept is gone
     for other in others:
         assert torch.equal(other[0], one[0])
         assert other[1] == one[1]
