@@ -197,12 +197,13 @@ def features(
     exponents: list[Tensor] = []
 
     def enlarge(gradient_BE: Tensor) -> Tensor:
-        exponents.append(torch.frexp(gradient_BE.abs().amax(dim=1)).exponent.clamp(-100, 100))
+        exponent_B = torch.frexp(gradient_BE.abs().amax(dim=1)).exponent
+        exponents.append(exponent_B.clamp(-100, 100))  # float32 has the powers of two up to 127
         return torch.ldexp(gradient_BE, -exponents[-1][:, None])
 
     found_BE.register_hook(enlarge)
     pixels_B3ss.register_hook(lambda gradient: torch.ldexp(gradient, exponents.pop()[:, None, None, None]))
-    return found_BE.view_as(found_BE)  # what others ask the gradient of is not what was enlarged
+    return found_BE
 
 
 def _ready(network: Any, file: Path | None, device: torch.device) -> Any:

@@ -57,7 +57,7 @@ def load_extractor(model: str, device: torch.device, clip: Callable[[str], ClipM
         network = classifier.load_network(name, device)
         return Extractor(model, network.fingerprint, network.features)
     module = own.on_device(_module(name), device)
-    return Extractor(model, extractor_fingerprint(model), module)
+    return Extractor(model, extractor_fingerprint(model), lambda image_B3hw: module(image_B3hw.to(device)))
 
 
 def extractor_fingerprint(model: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from schemas.errors import UserError
@@ -23,7 +24,7 @@ class Rows(torch.nn.Module):
     fingerprint = "channel means"
 
     def forward(self, image_B3hw):
-        return image_B3hw.mean(dim=(2, 3))
+        return F.dropout(image_B3hw.mean(dim=(2, 3)), training=self.training)
 
 
 class Unnamed(Rows):
@@ -130,8 +131,9 @@ def test_clip_is_loaded_once_for_all_who_want_it(models, monkeypatch):
 
 def test_a_module_gives_what_it_gives_and_is_trained_no_more(models):
     found = models.extractor(module("Rows"))
-    assert torch.equal(found.features(IMAGE_B3hw), IMAGE_B3hw.mean(dim=(2, 3)))
-    assert not found._see.training
+    assert torch.equal(found.features(IMAGE_B3hw), IMAGE_B3hw.mean(dim=(2, 3)))  # no dropout
+    elsewhere = extractors.load_extractor(module("Rows"), torch.device("meta"), models.clip)
+    assert elsewhere.features(IMAGE_B3hw).device.type == "meta"  # the images are on the CPU
 
 
 def test_gradients_reach_the_image(models):

@@ -240,13 +240,21 @@ def test_a_row_knows_neither_its_neighbours_nor_its_slot(backbone, models):
 @pytest.mark.parametrize("objective", ["minority", "diversity"])
 def test_what_is_kept_changes_no_bit_of_an_image(load_tiny, models, monkeypatch, objective):
     backbone = load_tiny()
-    what, made = order(backbone, 0, 1), []
-    for budget in (0, 2_000_000, 2**40):
-        monkeypatch.setattr(Memory, "spare", lambda device, budget=budget: Memory(budget))
-        made.append(drawn(backbone, models, what, steps=2, iterations=2, lr=0.1, objective=objective))
-    for other in made[1:]:
-        assert torch.equal(other.image_B3hw, made[0].image_B3hw)
-        assert other.traces == made[0].traces
+    what, settings = order(backbone, 0, 1), {"steps": 2, "above": 0.0, "lr": 0.1, "objective": objective}
+
+    def run(iterations, budget):
+        memory = Memory(budget)
+        monkeypatch.setattr(Memory, "spare", lambda device: memory)
+        made = drawn(backbone, models, what, iterations=iterations, **settings)
+        return made.image_B3hw, made.traces, memory.kept
+
+    kept = run(1, 2**40)[2]
+    one, *others = (run(2, budget) for budget in (2**40, kept, 0))
+    assert one[2] == kept > 0  # what the first iteration kept is gone
+    for other in others:
+        assert torch.equal(other[0], one[0])
+        assert other[1] == one[1]
+        assert other[2] < kept
 
 
 def test_diversity_is_the_spread_of_the_batch(gaussian_backbone):

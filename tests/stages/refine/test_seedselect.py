@@ -232,16 +232,28 @@ def test_a_row_that_is_recognised_stays_moved_though_its_loss_rose(refine, gauss
 
 
 @pytest.mark.parametrize(("settings", "passes"), [({}, 4), ({"views": 2}, 5), ({"gradient": "truncated"}, 4)])
-def test_no_pass_through_the_sampler_is_made_twice(gaussian_backbone, simple_models, settings, passes):
+def test_no_pass_through_the_sampler_is_made_twice(
+    gaussian_backbone, simple_models, settings, passes, monkeypatch
+):
     """Three iterations, and the picture of the moved seed; that of the seed that came where there are views.
 
-    Here everything can be kept, so nothing is run again.
+    All is kept, so nothing is run again; and what one iteration kept is gone at its end.
     """
-    backbone, start = gaussian_backbone(), noise(2, 4, 4, 4, dtype=torch.float64)
+    start = noise(2, 4, 4, 4, dtype=torch.float64)
     artifact = {"clip_E": noise(5, seed=1).double(), "latent_CHW": noise(4, 4, 4, seed=2).double()}
     order = Order("", start, chances=[DUMMY] * 2, artifact=artifact)
-    SeedSelect(SeedSelect.Config(iterations=3, **settings))(backbone, simple_models(4), order, SAMPLER)
-    assert backbone.batches == [2] * passes * SAMPLER.steps
+
+    def run(iterations, memory):
+        backbone = gaussian_backbone()
+        monkeypatch.setattr(Memory, "spare", lambda device: memory)
+        method = SeedSelect(SeedSelect.Config(iterations=iterations, **settings))
+        method(backbone, simple_models(4), order, SAMPLER)
+        return backbone.batches
+
+    one, three = Memory(2**40), Memory(2**40)
+    run(1, one)
+    assert run(3, three) == [2] * passes * SAMPLER.steps
+    assert one.kept == three.kept > 0
 
 
 def test_what_is_kept_changes_no_bit_of_a_seed(load_tiny, models, monkeypatch):
