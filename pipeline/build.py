@@ -8,6 +8,7 @@ config asks for, or finds that there is nothing to do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -20,6 +21,7 @@ from pipeline import pack, parts
 from pipeline.batches import decided, undecided
 from pipeline.config import BuildConfig
 from pipeline.goals import settle
+from pipeline.lease import PRUNE, Lease
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import Inversions, ListWork, Units, tallies
 from pipeline.plan import Plan, make_plan
@@ -38,12 +40,15 @@ from pipeline.tasks import (
     SeedsReceipt,
     ShardReceipt,
     Task,
+    Work,
 )
 from pipeline.telemetry import Telemetry
 from schemas.errors import Interrupted
 from schemas.manifest import Manifest
 from schemas.records import Reference
 from schemas.sealed import seal
+
+Run = Callable[[Work], None]
 
 
 @dataclass
@@ -104,6 +109,8 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         return Result(manifest, plan.build_folder, made=False)
     store.probe()
     seconds: dict[str, float] = {}
+    lease = lease_of(store, plan)
+    lease.demand_free()
     state = survey(store, plan)
     units = Units(plan, state.streams, state.environments, telemetry)
 
@@ -113,41 +120,49 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         seconds[name] = round(time.monotonic() - begin, 3)
         return value
 
-    try:
-        telemetry.say(f"build {plan.build_id}: starting workers")
-        runner = make_runner(plan, config.output)
-        timed("start", runner.__enter__)
+    with contextlib.ExitStack() as held:
         try:
-            # the workers are up, so models and config agree: from here on things are written
-            keep(config.references, store, plan.used_references())
-            commit_inputs(store, plan)
-            timed(
-                "invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan), Inversions)
-            )
-            seeds = timed("assess", lambda: _assess(runner, telemetry, plan))
-            timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))
-            if todo := units.remaining():
-                telemetry.phase("generate", todo)
-                telemetry.tallies(tallies(plan, state.streams))
-                timed("generate", lambda: runner.run(units))
-            selections = state.selections()
-            tasks = pack.plan_shards(plan, selections)
-            shards: list[ShardReceipt] = timed("pack", lambda: _pack(runner, telemetry, tasks))
-        finally:
-            runner.__exit__()
-    except KeyboardInterrupt:
-        done = sum(t.accepted for t in tallies(plan, state.streams).values())
-        raise Interrupted(
-            f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to go on"
-        ) from None
-    manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
-    busy = seconds.get("generate", 0) * runner.workers
-    result = Result(
-        manifest, plan.build_folder, True, seconds, units.generated,
-        round(units.busy_seconds / busy, 4) if busy else None,
-    )  # fmt: skip
-    _write_run(store, plan, result, runner, started)
+            telemetry.say(f"build {plan.build_id}: starting workers")
+            runner = make_runner(plan, config.output)
+            timed("start", runner.__enter__)
+            try:
+                # the workers are up, so models and config agree: from here on things are written
+                held.enter_context(lease)
+                run = lease.guard(runner.run)
+                keep(config.references, store, plan.used_references())
+                commit_inputs(store, plan)
+                absent = _inversions(store, plan)
+                timed("invert", lambda: _run_list(run, telemetry, "invert", absent, Inversions))
+                seeds = timed("assess", lambda: _assess(run, telemetry, plan))
+                timed("prepare", lambda: _run_list(run, telemetry, "prepare", _preparations(store, plan)))
+                if todo := units.remaining():
+                    telemetry.phase("generate", todo)
+                    telemetry.tallies(tallies(plan, state.streams))
+                    timed("generate", lambda: run(units))
+                selections = state.selections()
+                tasks = pack.plan_shards(plan, selections)
+                shards: list[ShardReceipt] = timed("pack", lambda: _pack(run, telemetry, tasks))
+            finally:
+                runner.__exit__()
+        except KeyboardInterrupt:
+            done = sum(t.accepted for t in tallies(plan, state.streams).values())
+            raise Interrupted(
+                f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to"
+                " go on"
+            ) from None
+        manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
+        busy = seconds.get("generate", 0) * runner.workers
+        result = Result(
+            manifest, plan.build_folder, True, seconds, units.generated,
+            round(units.busy_seconds / busy, 4) if busy else None,
+        )  # fmt: skip
+        _write_run(store, plan, result, runner, started)
     return result
+
+
+def lease_of(store: Store, plan: Plan) -> Lease:
+    """What the run holds that makes this build. No build begins while the store is pruned."""
+    return Lease(store, f"build-{plan.build_id}", plan.config.run.heartbeat, beside=PRUNE)
 
 
 def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]:
@@ -171,15 +186,18 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     if short:
         return short
     store.probe()
-    commit_inputs(store, plan)
-    shards: list[ShardReceipt] = []
-    tasks = pack.plan_shards(plan, selections)
-    telemetry.phase("pack", sum(len(task.shards) for task in tasks))
-    for task in tasks:
-        shards += pack.write_shards(store, plan, task)
-        telemetry.advance(len(task.shards))
-    seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in plan.streams if s.seeds}
-    manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
+    with lease_of(store, plan) as lease:
+        commit_inputs(store, plan)
+        shards: list[ShardReceipt] = []
+        tasks = pack.plan_shards(plan, selections)
+        telemetry.phase("pack", sum(len(task.shards) for task in tasks))
+        for task in tasks:
+            lease.check()
+            shards += pack.write_shards(store, plan, task)
+            telemetry.advance(len(task.shards))
+        combining = [s for s in plan.streams if s.seeds]
+        seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in combining}
+        manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
     return Result(manifest, plan.build_folder, made=True)
 
 
@@ -193,13 +211,13 @@ def _choose_batches(
     try:
         with make_runner(plan, plan.config.output) as runner:
             keep(plan.config.references, store, plan.used_references())
-            _run_list(runner, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
+            _run_list(runner.run, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing is lost. Run the same command again to go on") from None
 
 
 def _run_list(
-    runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task], kind: type[ListWork] = ListWork
+    run: Run, telemetry: Telemetry, name: str, tasks: list[Task], kind: type[ListWork] = ListWork
 ) -> None:
     if not tasks:
         return
@@ -210,10 +228,10 @@ def _run_list(
 
     total = sum(len(t.references) if isinstance(t, InvertTask) else 1 for t in tasks)
     telemetry.phase(name, total)
-    runner.run(kind(tasks, received))
+    run(kind(tasks, received))
 
 
-def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceipt]:
+def _assess(run: Run, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceipt]:
     """What there is to know of the seeds of every stream that combines some."""
     found: dict[str, SeedsReceipt] = {}
 
@@ -222,7 +240,7 @@ def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, Seeds
         assert isinstance(receipt, SeedsReceipt)
         found[task.stream] = receipt
 
-    runner.run(ListWork([AssessTask(s.id) for s in plan.streams if s.seeds], received))
+    run(ListWork([AssessTask(s.id) for s in plan.streams if s.seeds], received))
     for stream in plan.streams:
         if stream.id in found and (text := remark(stream.name, found[stream.id])):
             telemetry.say(text)
@@ -257,7 +275,7 @@ def _preparations(store: Store, plan: Plan) -> list[Task]:
     ]
 
 
-def _pack(runner: Runner, telemetry: Telemetry, tasks: list[pack.PackTask]) -> list[ShardReceipt]:
+def _pack(run: Run, telemetry: Telemetry, tasks: list[pack.PackTask]) -> list[ShardReceipt]:
     shards: list[ShardReceipt] = []
 
     def received(task: Task, receipt: Receipt) -> None:
@@ -266,7 +284,7 @@ def _pack(runner: Runner, telemetry: Telemetry, tasks: list[pack.PackTask]) -> l
         telemetry.advance(len(receipt))
 
     telemetry.phase("pack", sum(len(task.shards) for task in tasks))
-    runner.run(ListWork(tasks, received))
+    run(ListWork(tasks, received))
     return shards
 
 

@@ -248,6 +248,8 @@ class Run(Settings):
     gpus_per_worker: float = Field(default=1, gt=0)
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of one worker."""
+    heartbeat: float = Field(default=15, gt=0)
+    """Seconds between the signs of life of a run; after four without one, another run takes its place."""
     retries: int = Field(default=3, ge=0)
     """How often a unit is tried again after its worker died or an unexpected error."""
 
