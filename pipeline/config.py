@@ -231,7 +231,7 @@ class Shard(Settings):
     samples: int = Field(default=1000, ge=1)
     """Images in a shard; the last one may hold fewer."""
     image: Literal["jpeg", "png", "webp"] = "jpeg"
-    quality: int = Field(default=95, ge=1, le=100)
+    quality: int = Field(default=96, ge=1, le=100)
     """Of JPEG and WebP (100 is lossless WebP); PNG ignores it."""
     window: int = Field(default=8, ge=1)
     """Rows are shuffled within windows of so many shards; one task packs one window."""
