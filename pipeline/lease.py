@@ -96,7 +96,8 @@ class Lease:
     def _take(self) -> bool:
         self.epoch = self.newest() + 1
         self.demand_free()
-        taken = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **_me()}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        taken = {"started": now, "interval": self.interval, **_me()}
         return self.store.put_new(f"leases/{self.name}/{self.epoch}.json", seal(taken))
 
     def newest(self) -> int:
@@ -105,11 +106,11 @@ class Lease:
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def _dead(self, epoch: int) -> bool:
-        seen = self._read(epoch)
-        if seen == RELEASED or _gone(self._holder(epoch)):
+        seen, holder = self._read(epoch), self._holder(epoch)
+        if seen == RELEASED or _gone(holder):
             return True
         for _ in range(PATIENCE * LOOKS):
-            time.sleep(self.interval / LOOKS)
+            time.sleep(holder.get("interval", self.interval) / LOOKS)
             if (now := self._read(epoch)) != seen:
                 return now == RELEASED
         return True
