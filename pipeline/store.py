@@ -13,6 +13,8 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import fsspec
@@ -22,6 +24,15 @@ from schemas.errors import UserError
 
 _SCRATCH = ".tmp"
 SCRATCH_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object as a listing tells of it."""
+
+    name: str
+    size: int  # bytes
+    changed: float | None  # seconds since 1970, where the store says
 
 
 class Store:
@@ -111,6 +122,25 @@ class Store:
         except TypeError:  # file systems without a listing cache do not take `refresh`
             found = self.fs.ls(self.path(folder), detail=False)
         yield from sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def walk(self, folder: str) -> Iterator[Stored]:
+        """Every object below a folder, at any depth; nothing when there is none."""
+        # refresh: another process may have written since fsspec last looked
+        found = self.fs.find(self.path(folder), detail=True, **({} if self.local else {"refresh": True}))
+        for path, facts in sorted(found.items()):
+            times = (facts[key] for key in ("mtime", "LastModified", "created") if key in facts)
+            changed = next(times, None)
+            if isinstance(changed, datetime):
+                changed = changed.timestamp()
+            yield Stored(path.removeprefix(self.root).lstrip("/"), int(facts["size"]), changed)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, and on local files the folders that are empty then."""
+        self.fs.rm_file(self.path(name))
+        if self.local:
+            with contextlib.suppress(OSError):
+                for parent in Path(name).parents[:-1]:
+                    os.rmdir(self.path(str(parent)))
 
     def _link_new(self, target: Path, pieces: Sequence[bytes | memoryview]) -> bool:
         if target.exists():
