@@ -18,6 +18,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -97,8 +98,10 @@ class Lease:
         self.epoch = self.newest() + 1
         self.demand_free()
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        taken = {"started": now, "interval": self.interval, **_me()}
-        return self.store.put_new(f"leases/{self.name}/{self.epoch}.json", seal(taken))
+        taken = seal({"started": now, "interval": self.interval, "token": uuid.uuid4().hex, **_me()})
+        name = f"leases/{self.name}/{self.epoch}.json"
+        # what was written, and the answer lost, is there
+        return self.store.put_new(name, taken) or self.store.get(name) == taken
 
     def newest(self) -> int:
         """The newest epoch; 0: nobody ever held it."""

@@ -81,20 +81,26 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
 
     Raises `FileNotFoundError`, `Damaged`, and `UserError` for a newer format.
     """
-    try:
+
+    def read() -> pa.Table:
         with (
             store.fs.open(store.path(name), "rb") as file,
             pq.ParquetFile(file, page_checksum_verification=True) as parquet_file,
         ):
             present = parquet_file.schema_arrow.names
             whole = columns is None or "image" in columns
-            table = parquet_file.read([name for name in present if whole or name != "image"])
+            return parquet_file.read([name for name in present if whole or name != "image"])
+
+    try:
+        table = store.attempt(read, name)
         metadata = {key.decode(): value for key, value in table.schema.metadata.items()}
         version = json.loads(metadata["version"])
         if version <= tables.VERSION:
             _check(table, metadata)
     except Exception as error:
         # what pyarrow raises for damage has no errno; what has one is trouble of the store, not of the object
+        if isinstance(error, UserError):
+            raise
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]

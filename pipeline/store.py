@@ -2,7 +2,14 @@
 
 `put_new` is put-if-absent. On local files the data goes to a temporary file on the same file system that is
 linked to its final name, so no crash leaves a torn object; elsewhere it is one conditional PUT, which
-s3fs and others send for `mode="create"`. A store that cannot do it is refused by `probe`.
+s3fs and others send for `mode="create"`, of large objects in parts that become one object at the end. A store
+that cannot do it is refused by `probe`. Nothing is ever renamed there, and no listing is cached.
+
+A remote store may fail for a moment: what its client has tried a few times in vain is tried again, with ever
+longer pauses drawn by chance, until `GIVE_UP` seconds are over. What will not change (no access, no such
+bucket, a request that makes no sense) is one line at once. A write whose answer was lost is tried again,
+finds the object there, and says that it did not write it: so whoever must know that he was the first writes
+something that nobody else would, and looks.
 """
 
 from __future__ import annotations
@@ -12,15 +19,38 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import UserError
+
+GIVE_UP = 90.0  # seconds
+GIVE_UP_AT_ONCE = 10.0  # of a store that has never answered: it may be the wrong address
+FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    NotImplementedError,
+    UserError,
+)
+FINAL_ERRNO = tuple(
+    getattr(errno, name)
+    for name in ("EINVAL", "EPERM", "EACCES", "ENOSYS", "EMSGSIZE", "ENAMETOOLONG", "EREMCHG", "EROFS")
+    if hasattr(errno, name)
+)
+T = TypeVar("T")
 
 _SCRATCH = ".tmp"
 SCRATCH_SECONDS = 24 * 3600
@@ -41,10 +71,12 @@ class Store:
     def __init__(self, uri: str):
         self.uri = uri
         try:
-            self.fs, root = fsspec.core.url_to_fs(uri)
+            self.fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise UserError(f"output {uri!r}: not a usable URI ({error})") from error
         self.root = root.rstrip("/")
+        self.retries = 0  # of operations, beside those of the client
+        self._answered = False
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -76,26 +108,68 @@ class Store:
                 f"output {self.uri!r}: the store has no conditional writes; use one that has them"
             )
 
+    def attempt(self, step: Callable[[], T], name: str = "") -> T:
+        """The result of an operation on the store. Raises what tells of the object, and `UserError`."""
+        if self.local:
+            return step()
+        patience = GIVE_UP if self._answered else GIVE_UP_AT_ONCE
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(passing),
+            stop=tenacity.stop_after_delay(patience),
+            wait=tenacity.wait_random_exponential(0.2, max=15),
+            before_sleep=self._count,
+            reraise=True,
+        )
+        try:
+            result = retrying(step)
+            self._answered = True
+            return result
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
+            self._answered = True
+            raise  # whoever asked knows what that means
+        except Exception as error:
+            if _of_content(error):
+                raise
+            what = f"{self.uri}/{name}".rstrip("/")
+            if passing(error):
+                raise UserError(
+                    f"{what}: no answer for {patience:.0f} s ({_reason(error)}); run the same command again"
+                    " when the store can be reached, nothing is lost"
+                ) from error
+            raise UserError(
+                f"{what}: the store refuses ({_reason(error)}); check the address, the credentials and"
+                " what they may do"
+            ) from error
+
+    def _count(self, state: tenacity.RetryCallState) -> None:
+        self.retries += 1
+
     def get(self, name: str) -> bytes:
         """The bytes of an object. Raises `FileNotFoundError`."""
         try:
-            return self.fs.cat_file(self.path(name))
+            return self.attempt(lambda: self.fs.cat_file(self.path(name)), name)
         except NotADirectoryError as error:  # a file stands where a folder should: nothing is there either
             raise FileNotFoundError(self.path(name)) from error
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
-        return self.fs.cat_file(self.path(name), start=offset, end=offset + length)
+        start, end = offset, offset + length
+        return self.attempt(lambda: self.fs.cat_file(self.path(name), start=start, end=end), name)
 
     def exists(self, name: str) -> bool:
-        return self.fs.exists(self.path(name))
+        try:
+            # `exists` of fsspec takes every failure for an absence
+            return bool(self.attempt(lambda: self.fs.info(self.path(name)), name))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def put_new(self, name: str, *pieces: bytes | memoryview) -> bool:
         """Write an object of these pieces unless it exists. Returns whether this call wrote it."""
         if self.local:
             with self._room():
                 return self._link_new(Path(self.path(name)), pieces)
+        data = b"".join(pieces)
         try:
-            self.fs.pipe_file(self.path(name), b"".join(pieces), mode="create")
+            self._write(lambda: self.fs.pipe_file(self.path(name), data, mode="create"), name)
         except FileExistsError:
             return False
         return True
@@ -103,7 +177,7 @@ class Store:
     def put(self, name: str, data: bytes) -> None:
         """Write an object, replacing an older one. For hints and logs only, never for data."""
         if not self.local:
-            self.fs.pipe_file(self.path(name), data)
+            self._write(lambda: self.fs.pipe_file(self.path(name), data), name)
             return
         target = Path(self.path(name))
         with self._room():
@@ -115,18 +189,14 @@ class Store:
     def list(self, folder: str) -> Iterator[str]:
         """Names of the objects directly in a folder, without the folder; nothing when there is none."""
         try:
-            # refresh: another process may have written since fsspec last looked
-            found = self.fs.ls(self.path(folder), detail=False, refresh=True)
+            found = self.attempt(lambda: self.fs.ls(self.path(folder), detail=False), folder)
         except (FileNotFoundError, NotADirectoryError):
             return
-        except TypeError:  # file systems without a listing cache do not take `refresh`
-            found = self.fs.ls(self.path(folder), detail=False)
         yield from sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
     def walk(self, folder: str) -> Iterator[Stored]:
         """Every object below a folder, at any depth; nothing when there is none."""
-        # refresh: another process may have written since fsspec last looked
-        found = self.fs.find(self.path(folder), detail=True, **({} if self.local else {"refresh": True}))
+        found = self.attempt(lambda: self.fs.find(self.path(folder), detail=True), folder)
         for path, facts in sorted(found.items()):
             times = (facts[key] for key in ("mtime", "LastModified", "created") if key in facts)
             changed = next(times, None)
@@ -136,11 +206,20 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove an object, and on local files the folders that are empty then."""
-        self.fs.rm_file(self.path(name))
+        self.attempt(lambda: self.fs.rm_file(self.path(name)), name)
         if self.local:
             with contextlib.suppress(OSError):
                 for parent in Path(name).parents[:-1]:
                     os.rmdir(self.path(str(parent)))
+
+    def _write(self, step: Callable[[], None], name: str) -> None:
+        try:
+            self.attempt(step, name)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.uri}: there is no such place to write to ({_reason(error)}); create the bucket, or"
+                " name another output"
+            ) from error
 
     def _link_new(self, target: Path, pieces: Sequence[bytes | memoryview]) -> bool:
         if target.exists():
@@ -194,6 +273,27 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
                     if time.time() - path.stat().st_mtime > SCRATCH_SECONDS:
                         path.unlink()
+
+
+def passing(error: BaseException) -> bool:
+    """Whether a failure of a remote store may be over when it is asked again.
+
+    What is not known to be final is worth another try: stores have errors of their own for a lost connection.
+    """
+    if isinstance(error, FINAL) or not isinstance(error, Exception) or _of_content(error):
+        return False
+    if "Credentials" in type(error).__name__:
+        return False
+    return getattr(error, "errno", None) not in FINAL_ERRNO
+
+
+def _of_content(error: BaseException) -> bool:
+    """Whether it is about what was read, or how it was asked, and not about the store.
+
+    What pyarrow raises for damage has no errno; what has one is trouble of the store.
+    """
+    own = isinstance(error, (TypeError, ValueError, NotImplementedError, UserError))
+    return own or (type(error) is OSError and error.errno is None)
 
 
 def _reason(error: Exception) -> str:

@@ -198,7 +198,8 @@ def test_a_store_that_only_reads_is_refused():
         Store("data://out").probe()
 
 
-def test_a_failing_store_gives_one_line():
+def test_a_failing_store_gives_one_line(monkeypatch):
+    monkeypatch.setattr("pipeline.store.GIVE_UP_AT_ONCE", 1.0)
     with pytest.raises(UserError) as caught:
         Store("broken://bucket/out").probe()
     assert "no credentials found" in str(caught.value)
