@@ -73,6 +73,8 @@ def run_all(chosen: Sequence[Step], out: Path) -> list[str]:
             with redirect_stdout(said):
                 command(**settings, out=out / f"{name}.json")
             text = said.getvalue().rsplit("figures:", 1)[0].strip()
+            if "\n| " not in text:  # no Markdown, as the tables of some
+                text = f"```text\n{text}\n```"
         except Exception as error:
             failed.append(name)
             traceback.print_exc()

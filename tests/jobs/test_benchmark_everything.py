@@ -14,7 +14,7 @@ from jobs.benchmarks.turns import tell
 
 
 def good(number: int, out: Path) -> None:
-    tell({"number": number}, f"| a figure | {number} |", out)
+    tell({"number": number}, f"told\n\n| a figure | {number} |", out)
 
 
 def bad(out: Path) -> None:
