@@ -124,11 +124,12 @@ class Stream:
         self._outcomes = np.zeros((0, unit_size), np.uint16)  # numbers of rules, by unit and place
         self._environment = np.zeros(0, np.uint16)  # of the part of each unit
         self._passed = np.zeros(0, np.int32)  # candidates of each unit
+        self._cut = self._accepted = 0
         self._look()
 
-    def __len__(self) -> int:
-        """How many units are known."""
-        return int((self._passed != _UNKNOWN).sum())
+    def units(self) -> list[int]:
+        """The known units."""
+        return np.flatnonzero(self._passed != _UNKNOWN).tolist()
 
     def knows(self, unit: int) -> bool:
         return unit < len(self._passed) and bool(self._passed[unit] != _UNKNOWN)
@@ -206,7 +207,9 @@ class Stream:
             failed=int(counts[_FAILED]),
             missing=missing,
             exhausted=missing > 0 and not unknown,
-            environments=frozenset(self._environments[n] for n in np.unique(self._environment[:units][known])),
+            environments=frozenset(
+                self._environments[n] for n in np.unique(self._environment[:units][known])
+            ),
             unknown=unknown,
             certain=int(np.searchsorted(accepted, first_unknown * self.unit_size)),
         )

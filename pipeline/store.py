@@ -12,16 +12,33 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import UserError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _SCRATCH = ".tmp"
 SCRATCH_SECONDS = 24 * 3600
+
+
+THREADS = 32  # that wait for a store, side by side
+
+
+def side_by_side(call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results of calls that mostly wait for a store, in the order of the items."""
+    rest = iter(items)
+    with ThreadPoolExecutor(THREADS) as threads:
+        while some := list(islice(rest, 64 * THREADS)):
+            yield from threads.map(call, some)
 
 
 class Store:
@@ -100,6 +117,11 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch, target)
             _sync_folder(target.parent)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there. For caches only, never for data."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
 
     def list(self, folder: str) -> Iterator[str]:
         """Names of the objects directly in a folder, without the folder; nothing when there is none."""
