@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from jobs import build, init, pack, plan, reproduce, schema, show, status, verify
+from jobs import build, diff, init, pack, plan, prune, reproduce, schedule, schema, show, status, verify
 from jobs.benchmarks.everything import everything
 from jobs.benchmarks.generate import generate
 from jobs.benchmarks.genie import genie
@@ -36,6 +36,9 @@ app.command("pack")(pack.pack)
 app.command("show")(show.show)
 app.command("report")(report)
 app.command("reproduce")(reproduce.reproduce)
+app.command("diff")(diff.diff)
+app.command("prune")(prune.prune)
+app.command("schedule")(schedule.schedule)
 app.command("schema")(schema.schema)
 app.command("train-tangram")(train_tangram)
 app.command("train-traversal")(train_traversal)

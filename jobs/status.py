@@ -22,7 +22,10 @@ def status(uri: Uri, build: BuildId = None, json: Json = False) -> None:
         print(json_library.dumps({"history": entries, "unfinished": unfinished, "manifest": content}))
         return
     for entry in entries:
-        print(f"{entry['number']:>4}  {entry['build_id']}  {entry['name']}: {entry['samples']} samples")
+        pruned = "" if store.exists(f"builds/{entry['build_id']}/manifest.json") else "  (pruned)"
+        print(
+            f"{entry['number']:>4}  {entry['build_id']}  {entry['name']}: {entry['samples']} samples{pruned}"
+        )
     for name in unfinished:
         print(f"      {name}  not complete: run its `seedloom build` again to go on")
     if not entries and not unfinished:

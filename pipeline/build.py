@@ -8,6 +8,7 @@ config asks for, or finds that there is nothing to do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ from pipeline.batches import decided, undecided
 from pipeline.config import BuildConfig
 from pipeline.goals import settle
 from pipeline.index import Index
+from pipeline.lease import PRUNE, Lease
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import Inversions, ListWork, Units, tallies
 from pipeline.plan import Plan, StreamPlan, make_plan
@@ -41,12 +43,15 @@ from pipeline.tasks import (
     SeedsReceipt,
     ShardReceipt,
     Task,
+    Work,
 )
 from pipeline.telemetry import Telemetry
 from schemas.errors import Interrupted, UserError
 from schemas.manifest import Manifest
 from schemas.records import Reference
 from schemas.sealed import seal
+
+Run = Callable[[Work], None]
 
 
 @dataclass
@@ -127,6 +132,8 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         return Result(manifest, plan.build_folder, made=False)
     store.probe()
     seconds: dict[str, float] = {}
+    lease = lease_of(store, plan)
+    lease.demand_free()
     streams = blank(plan)
     index = Index(store, plan, telemetry.say)
     index.teach(streams)
@@ -138,56 +145,70 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         seconds[name] = round(seconds.get(name, 0) + time.monotonic() - begin, 3)
         return value
 
-    try:
-        telemetry.say(f"build {plan.build_id}: starting workers")
-        runner = make_runner(plan, config.output)
-        timed("start", runner.__enter__)
+    with contextlib.ExitStack() as held:
         try:
-            # the workers are up, so models and config agree: from here on things are written
-            keep(config.references, store, plan.used_references())
-            commit_inputs(store, plan)
-            timed(
-                "invert", lambda: _run_list(runner, telemetry, "invert", _inversions(store, plan), Inversions)
-            )
-            seeds = timed("assess", lambda: _assess(runner, telemetry, plan))
-            timed("prepare", lambda: _run_list(runner, telemetry, "prepare", _preparations(store, plan)))
-            with index:
-                outdated: set[tuple[str, int]] = set()
-                while True:
-                    if todo := units.remaining():
-                        telemetry.phase("generate", todo)
-                        telemetry.tallies(tallies(plan.streams, streams))
-                        timed("generate", lambda: runner.run(units))
-                    selections = {name: stream.select() for name, stream in streams.items()}
-                    shards, gone = timed("pack", partial(_pack, runner, telemetry, plan, selections))
-                    if not gone:
-                        break
-                    if again := sorted(gone & outdated):
-                        raise UserError(
-                            f"{store.uri}/{parts.part_name(plan.by_id[again[0][0]], again[0][1])}: it or its"
-                            " scores are changed while they are packed; leave them alone and build again"
-                        )
-                    telemetry.say(
-                        f"{len(gone)} units are no more as the index has them; looking at them again"
-                    )
-                    index.forget(gone)
-                    units.forget(gone)
-                    outdated |= gone
-        finally:
-            runner.__exit__()
-    except KeyboardInterrupt:
-        done = sum(stream.tally().accepted for stream in streams.values())
-        raise Interrupted(
-            f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to go on"
-        ) from None
-    manifest = write_manifest(store, plan, selections, seeds, shards)
-    busy = seconds.get("generate", 0) * runner.workers
-    result = Result(
-        manifest, plan.build_folder, True, seconds, units.generated,
-        round(units.busy_seconds / busy, 4) if busy else None,
-    )  # fmt: skip
-    _write_run(store, plan, result, runner, started)
+            telemetry.say(f"build {plan.build_id}: starting workers")
+            runner = make_runner(plan, config.output)
+            timed("start", runner.__enter__)
+            try:
+                # the workers are up, so models and config agree: from here on things are written
+                held.enter_context(lease)
+                run = lease.guard(runner.run)
+                keep(config.references, store, plan.used_references())
+                commit_inputs(store, plan)
+                absent = _inversions(store, plan)
+                timed("invert", lambda: _run_list(run, telemetry, "invert", absent, Inversions))
+                seeds = timed("assess", lambda: _assess(run, telemetry, plan))
+                timed("prepare", lambda: _run_list(run, telemetry, "prepare", _preparations(store, plan)))
+                with index:
+                    selections, shards = _generate_and_pack(run, units, index, timed)
+            finally:
+                runner.__exit__()
+        except KeyboardInterrupt:
+            done = sum(stream.tally().accepted for stream in streams.values())
+            raise Interrupted(
+                f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to"
+                " go on"
+            ) from None
+        manifest = write_manifest(store, plan, selections, seeds, shards)
+        busy = seconds.get("generate", 0) * runner.workers
+        result = Result(
+            manifest, plan.build_folder, True, seconds, units.generated,
+            round(units.busy_seconds / busy, 4) if busy else None,
+        )  # fmt: skip
+        _write_run(store, plan, result, runner, started)
     return result
+
+
+def _generate_and_pack(
+    run: Run, units: Units, index: Index, timed: Callable[[str, Callable[[], Any]], Any]
+) -> tuple[dict[str, Selection], list[ShardReceipt]]:
+    """Units until selection is final, and its shards; once more when the index was wrong about some units."""
+    plan, streams, telemetry = units.plan, units.streams, units.telemetry
+    outdated: set[tuple[str, int]] = set()
+    while True:
+        if todo := units.remaining():
+            telemetry.phase("generate", todo)
+            telemetry.tallies(tallies(plan.streams, streams))
+            timed("generate", lambda: run(units))
+        selections = {name: stream.select() for name, stream in streams.items()}
+        shards, gone = timed("pack", partial(_pack, run, telemetry, plan, selections))
+        if not gone:
+            return selections, shards
+        for name, unit in gone & outdated:
+            part = f"{index.store.uri}/{parts.part_name(plan.by_id[name], unit)}"
+            raise UserError(
+                f"{part}: it or its scores change during the build; leave them alone, build again"
+            )
+        telemetry.say(f"{len(gone)} units are not as the index has them: they are looked at again")
+        index.forget(gone)
+        units.forget(gone)
+        outdated |= gone
+
+
+def lease_of(store: Store, plan: Plan) -> Lease:
+    """What the run holds that makes this build. No build begins while the store is pruned."""
+    return Lease(store, f"build-{plan.build_id}", plan.config.run.heartbeat, beside=PRUNE)
 
 
 def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]:
@@ -199,30 +220,32 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     if manifest := existing(store, plan):
         record(store, manifest)
         return Result(manifest, plan.build_folder, made=False)
+
+    def here(work: Work) -> None:
+        while (task := work.next()) is not None:
+            assert isinstance(task, pack.PackTask)
+            work.done(task, pack.write_shards(store, plan, task))
+
     streams = survey(store, plan, telemetry.say).streams
-    while True:
-        selections = {name: stream.select() for name, stream in streams.items()}
-        if short := _short(plan, selections):
-            return short
-        store.probe()
+    selections = {name: stream.select() for name, stream in streams.items()}
+    if short := _short(plan, selections):
+        return short
+    store.probe()
+    with lease_of(store, plan) as lease:
         commit_inputs(store, plan)
-        telemetry.phase("pack", pack.count_shards(plan, selections))
-        shards: list[ShardReceipt] = []
-        gone: set[tuple[str, int]] = set()
-        for task in pack.plan_shards(plan, selections):
-            receipt = pack.write_shards(store, plan, task)
-            if isinstance(receipt, Outdated):
-                gone |= set(receipt.units)
-            else:
-                shards += receipt
-                telemetry.advance(len(receipt))
-        if not gone:
-            break
-        for name, unit in gone:  # the index was wrong about them
-            streams[name].forget([unit])
-        _read(store, streams, [(plan.by_id[name], unit) for name, unit in sorted(gone)])
-    seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in plan.streams if s.seeds}
-    manifest = write_manifest(store, plan, selections, seeds, shards)
+        while True:
+            shards, gone = _pack(lease.guard(here), telemetry, plan, selections)
+            if not gone:
+                break
+            for name, unit in gone:  # the index was wrong about them
+                streams[name].forget([unit])
+            _read(store, streams, [(plan.by_id[name], unit) for name, unit in sorted(gone)])
+            selections = {name: stream.select() for name, stream in streams.items()}
+            if short := _short(plan, selections):
+                return short
+        combining = [s for s in plan.streams if s.seeds]
+        seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in combining}
+        manifest = write_manifest(store, plan, selections, seeds, shards)
     return Result(manifest, plan.build_folder, made=True)
 
 
@@ -247,13 +270,13 @@ def _choose_batches(
     try:
         with make_runner(plan, plan.config.output) as runner:
             keep(plan.config.references, store, plan.used_references())
-            _run_list(runner, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
+            _run_list(runner.run, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing is lost. Run the same command again to go on") from None
 
 
 def _run_list(
-    runner: Runner, telemetry: Telemetry, name: str, tasks: list[Task], kind: type[ListWork] = ListWork
+    run: Run, telemetry: Telemetry, name: str, tasks: list[Task], kind: type[ListWork] = ListWork
 ) -> None:
     if not tasks:
         return
@@ -264,10 +287,10 @@ def _run_list(
 
     total = sum(len(t.references) if isinstance(t, InvertTask) else 1 for t in tasks)
     telemetry.phase(name, total)
-    runner.run(kind(tasks, received))
+    run(kind(tasks, received))
 
 
-def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceipt]:
+def _assess(run: Run, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceipt]:
     """What there is to know of the seeds of every stream that combines some."""
     found: dict[str, SeedsReceipt] = {}
 
@@ -276,7 +299,7 @@ def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, Seeds
         assert isinstance(receipt, SeedsReceipt)
         found[task.stream] = receipt
 
-    runner.run(ListWork([AssessTask(s.id) for s in plan.streams if s.seeds], received))
+    run(ListWork([AssessTask(s.id) for s in plan.streams if s.seeds], received))
     for stream in plan.streams:
         if stream.id in found and (text := remark(stream.name, found[stream.id])):
             telemetry.say(text)
@@ -285,13 +308,17 @@ def _assess(runner: Runner, telemetry: Telemetry, plan: Plan) -> dict[str, Seeds
 
 def _inversions(store: Store, plan: Plan) -> list[Task]:
     """Device batches of references whose seeds are missing; one image is inverted once per prompt."""
-    streams = list({s.seeds: s for s in reversed(plan.streams) if s.seeds}.values())[::-1]
-    there = side_by_side(lambda stream: set(store.list(f"seeds/{stream.seeds}")), streams)
+    combining = [stream for stream in plan.streams if stream.seeds]
+    folders = {f"seeds/{stream.seeds}" for stream in combining}
+    there = side_by_side(lambda folder: [f"{folder}/{name}" for name in store.list(folder)], folders)
+    seen = {name for names in there for name in names}
     tasks: list[Task] = []
-    for stream, names in zip(streams, there, strict=True):
+    for stream in combining:
         assert stream.seeds is not None
-        absent = [r for r in stream.references if seed_name(stream.seeds, r).rpartition("/")[2] not in names]
-        tasks += [InvertTask(stream.id, tuple(batch)) for batch in _batches(absent, stream.batch)]
+        absent = {seed_name(stream.seeds, r): r for r in stream.references}
+        absent = {name: r for name, r in absent.items() if name not in seen}
+        seen |= absent.keys()
+        tasks += [InvertTask(stream.id, tuple(b)) for b in _batches(list(absent.values()), stream.batch)]
     return tasks
 
 
@@ -310,7 +337,7 @@ def _preparations(store: Store, plan: Plan) -> list[Task]:
 
 
 def _pack(
-    runner: Runner, telemetry: Telemetry, plan: Plan, selections: Mapping[str, Selection]
+    run: Run, telemetry: Telemetry, plan: Plan, selections: Mapping[str, Selection]
 ) -> tuple[list[ShardReceipt], set[tuple[str, int]]]:
     """The shards; and units that are not as selection was told, whose tasks wrote nothing."""
     shards: list[ShardReceipt] = []
@@ -325,7 +352,7 @@ def _pack(
         telemetry.advance(len(receipt))
 
     telemetry.phase("pack", pack.count_shards(plan, selections))
-    runner.run(ListWork(pack.plan_shards(plan, selections), received))
+    run(ListWork(pack.plan_shards(plan, selections), received))
     return shards, outdated
 
 

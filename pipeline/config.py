@@ -231,7 +231,7 @@ class Shard(Settings):
     samples: int = Field(default=1000, ge=1)
     """Images in a shard; the last one may hold fewer."""
     image: Literal["jpeg", "png", "webp"] = "jpeg"
-    quality: int = Field(default=95, ge=1, le=100)
+    quality: int = Field(default=96, ge=1, le=100)
     """Of JPEG and WebP (100 is lossless WebP); PNG ignores it."""
     window: int = Field(default=8, ge=1)
     """Rows are shuffled within windows of so many shards; one task packs one window."""
@@ -248,6 +248,8 @@ class Run(Settings):
     gpus_per_worker: float = Field(default=1, gt=0)
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of one worker."""
+    heartbeat: float = Field(default=15, gt=0)
+    """Seconds between the signs of life of a run; after four without one, another run takes its place."""
     retries: int = Field(default=3, ge=0)
     """How often a unit is tried again after its worker died or an unexpected error."""
 

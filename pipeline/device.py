@@ -52,12 +52,13 @@ class Device:
         if self.torch.type != "cuda":
             yield
             return
-        torch.cuda.set_per_process_memory_fraction(share, self.torch)
+        device = torch.cuda.current_device()  # it does not take one that has no number
+        torch.cuda.set_per_process_memory_fraction(share, device)
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.torch)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
             self.release()
 
     def release(self) -> None:

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -96,7 +97,7 @@ class Index:
         self._thread = ThreadPoolExecutor(1, "index")
         self._since = time.monotonic()
         for name in self._damaged:
-            self.store.remove(name)
+            self._discard(name)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -159,8 +160,12 @@ class Index:
         if table.num_rows:
             self._put(folder, level, table)
         for name in names:
-            self.store.remove(name)
+            self._discard(name)
             self._there[folder].discard(name)
+
+    def _discard(self, name: str) -> None:
+        with suppress(FileNotFoundError):  # another build may have done so
+            self.store.remove(name)
 
     def _put(self, folder: str, level: int, table: pa.Table) -> None:
         file = io.BytesIO()

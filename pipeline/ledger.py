@@ -92,6 +92,21 @@ def _recipe_account(stream: StreamPlan, selection: Selection, seeds: SeedsReceip
         failed=selection.failed,
         missing=selection.missing,
         exhausted=selection.exhausted,
+        objects=objects_of(stream),
+    )
+
+
+def objects_of(stream: StreamPlan) -> tuple[str, ...]:
+    """Folders of the store that hold what a stream is made from."""
+    return tuple(
+        sorted(
+            [
+                f"parts/{stream.id}",
+                *(f"scores/{stream.id}/{f.id}" for f in stream.filters),
+                *([f"seeds/{stream.seeds}"] if stream.seeds else []),
+                *(f"artifacts/{artifact}" for artifact in stream.artifacts.values()),
+            ]
+        )
     )
 
 

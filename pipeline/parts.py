@@ -45,6 +45,7 @@ def environment(device: str, precision: str) -> dict[str, str]:
         "timm",
         "numpy",
         "pillow",
+        "simplejpeg",
         "pyarrow",
     )
     kind = torch.cuda.get_device_name() if device == "cuda" else platform.machine()

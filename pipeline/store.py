@@ -14,6 +14,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +30,6 @@ Result = TypeVar("Result")
 
 _SCRATCH = ".tmp"
 SCRATCH_SECONDS = 24 * 3600
-
-
 THREADS = 32  # that wait for a store, side by side
 
 
@@ -39,6 +39,15 @@ def side_by_side(call: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     with ThreadPoolExecutor(THREADS) as threads:
         while some := list(islice(rest, 64 * THREADS)):
             yield from threads.map(call, some)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object as a listing tells of it."""
+
+    name: str
+    size: int  # bytes
+    changed: float | None  # seconds since 1970, where the store says
 
 
 class Store:
@@ -118,11 +127,6 @@ class Store:
             os.replace(scratch, target)
             _sync_folder(target.parent)
 
-    def remove(self, name: str) -> None:
-        """Remove an object, if it is there. For caches only, never for data."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(name))
-
     def list(self, folder: str) -> Iterator[str]:
         """Names of the objects directly in a folder, without the folder; nothing when there is none."""
         try:
@@ -133,6 +137,25 @@ class Store:
         except TypeError:  # file systems without a listing cache do not take `refresh`
             found = self.fs.ls(self.path(folder), detail=False)
         yield from sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def walk(self, folder: str) -> Iterator[Stored]:
+        """Every object below a folder, at any depth; nothing when there is none."""
+        # refresh: another process may have written since fsspec last looked
+        found = self.fs.find(self.path(folder), detail=True, **({} if self.local else {"refresh": True}))
+        for path, facts in sorted(found.items()):
+            times = (facts[key] for key in ("mtime", "LastModified", "created") if key in facts)
+            changed = next(times, None)
+            if isinstance(changed, datetime):
+                changed = changed.timestamp()
+            yield Stored(path.removeprefix(self.root).lstrip("/"), int(facts["size"]), changed)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, and on local files the folders that are empty then."""
+        self.fs.rm_file(self.path(name))
+        if self.local:
+            with contextlib.suppress(OSError):
+                for parent in Path(name).parents[:-1]:
+                    os.rmdir(self.path(str(parent)))
 
     def _link_new(self, target: Path, pieces: Sequence[bytes | memoryview]) -> bool:
         if target.exists():

@@ -17,6 +17,12 @@ class Damaged(UserError):
     exit_code = 4
 
 
+class Busy(UserError):
+    """Another run is at work there: says which."""
+
+    exit_code = 5
+
+
 class Interrupted(UserError):
     """The run was stopped from outside (Ctrl-C, SIGTERM); the message says how to go on."""
 

@@ -13,7 +13,7 @@ from schemas.errors import UserError
 from schemas.sealed import seal, unseal
 from schemas.settings import Settings
 
-VERSION = 3
+VERSION = 4
 
 
 class Shard(Settings):
@@ -45,6 +45,9 @@ class RecipeAccount(Settings):
     missing: int
     exhausted: bool
     seeds: SeedsAccount | None = None  # of a recipe that combines some
+    objects: tuple[
+        str, ...
+    ] = ()  # folders of the store that it was made from; none are named before format 4
 
 
 class TargetAccount(Settings):

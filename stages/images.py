@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
+import simplejpeg
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -25,6 +26,7 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192, 256 MiB decoded: above every phone and all 
 MAX_BYTES = 1 << 27  # 128 MiB: above the PNG of that many photographic pixels
 PILLOW_LIMIT = 2 * 89_478_485  # pixels; Pillow itself refuses more, whatever we allow
 
+ACCURATE = 96  # the least JPEG quality for which simplejpeg is as exact as Pillow
 ENCODERS = 8  # threads of a process, at most
 
 # Raster formats only ("JPEG" reads the MPO of phones too). Pillow would also hand EPS to Ghostscript.
@@ -163,9 +165,13 @@ def encode(
     JPEG keeps its colour at full resolution (4:4:4). At half of it (4:2:0, Pillow's default) a photograph of
     64 x 64 pixels (scikit-image's astronaut) ends at 33 dB at quality 100; 4:4:4 reaches 38 dB at quality 95,
     in fewer bytes and about the same time. The Huffman tables are the standard ones: fitting them takes 2.7
-    times the time for 3 % of the bytes. PNG, which is lossless and has no use for `quality`, takes the
-    fastest level: a quarter to a half of the time of Pillow's default, for at most a tenth more bytes.
+    times the time for 3 % of the bytes. From quality 96 on simplejpeg makes the same pixels in four fifths of
+    Pillow's time; below, its cosine transform costs half a decibel, so that Pillow makes those. PNG, which is
+    lossless and has no use for `quality`, takes the fastest level: a quarter to a half of the time of
+    Pillow's default, for at most a tenth more bytes.
     """
+    if format == "jpeg" and quality >= ACCURATE:
+        return simplejpeg.encode_jpeg(image_hw3, quality, "RGB", "444")
     options: dict[str, dict[str, int]] = {
         "jpeg": {"quality": quality, "subsampling": 0},
         "png": {"compress_level": 1},

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 OURS, EQUAL, THEIRS, PACKING = "ours", "ours, equal quality", "webdataset", "packing"
-DEFAULT_QUALITY = 95
+DEFAULT_QUALITY = 96
 SEED = 19
 
 
@@ -147,7 +147,8 @@ def _ours(pictures: Sequence[np.ndarray], folder: Path, quality: int) -> None:
 def _theirs(pictures: Sequence[np.ndarray], folder: Path) -> None:
     import webdataset
 
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=len(pictures), verbose=0) as writer:
         for number, pixels in enumerate(pictures):
             writer.write(
