@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from jobs.options import ConfigFile, Json, Overrides
+
+MEASURED = 64  # parts, to say how many bytes a candidate takes
 
 
 def plan(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> None:
@@ -25,19 +28,19 @@ def describe(config: Any) -> dict[str, Any]:
     from pipeline.batches import undecided
     from pipeline.build import resolve, survey
     from pipeline.ledger import existing
+    from pipeline.parts import part_name
+    from pipeline.store import side_by_side
 
     store, made = resolve(config)
-    state = survey(store, made)
+    state = survey(store, made, lambda line: print(line, file=sys.stderr))
     manifest = existing(store, made)
-    part_bytes = candidates_seen = least = most = 0
+    least = most = 0
+    seen: list[tuple[str, int]] = []  # parts, by name and number of candidates
     streams: list[dict[str, Any]] = []
     for stream in made.streams:
-        known = state.streams[stream.id]
-        there = state.generated[stream.id]
-        for unit in sorted(there)[:4]:
-            part_bytes += store.fs.size(store.path(f"parts/{stream.id}/{unit:06d}.parquet"))
-            candidates_seen += stream.unit
-        selection, needed = known.select(), len(known.needed())
+        known, there = state.streams[stream.id], state.generated[stream.id]
+        seen += [(part_name(stream, unit), stream.unit) for unit in there[:4]]
+        selection, needed = known.select(), known.pending
         least += needed * stream.unit
         most += stream.max_units * stream.unit
         streams.append(
@@ -49,13 +52,16 @@ def describe(config: Any) -> dict[str, Any]:
                 "units": stream.max_units,
                 "candidates_at_most": stream.max_units * stream.unit,
                 "units_there": len(there),
-                "units_scored": len(known.outcomes),
+                "units_scored": len(known.units()),
                 "accepted_there": len(selection.accepted),
                 "units_needed": needed,
                 # a unit that overshoots its quota by more than half of itself wastes more than it keeps
                 "mostly_surplus": stream.quota * 2 < stream.unit,
             }
         )
+    seen = seen[:MEASURED]
+    part_bytes = sum(side_by_side(lambda part: store.fs.size(store.path(part[0])), seen))
+    candidates_seen = sum(candidates for _, candidates in seen)
     bytes_each = part_bytes / candidates_seen if candidates_seen else _estimate(made)
     return {
         "build": made.build_id,
@@ -71,14 +77,13 @@ def describe(config: Any) -> dict[str, Any]:
 
 
 def _seeds_missing(store: Any, made: Any) -> int:
-    missing = set()
-    for stream in made.streams:
-        if stream.seeds:
-            there = set(store.list(f"seeds/{stream.seeds}"))
-            missing |= {
-                (stream.seeds, r.sha256) for r in stream.references if f"{r.sha256}.safetensors" not in there
-            }
-    return len(missing)
+    from pipeline.seeds import seed_name
+    from pipeline.store import side_by_side
+
+    wanted = {seed_name(s.seeds, r) for s in made.streams if s.seeds for r in s.references}
+    folders = {name.rpartition("/")[0] for name in wanted}
+    there = side_by_side(lambda folder: {f"{folder}/{name}" for name in store.list(folder)}, folders)
+    return len(wanted.difference(*there))
 
 
 def _estimate(made: Any) -> float:

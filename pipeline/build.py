@@ -12,28 +12,31 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from pipeline import pack, parts
 from pipeline.batches import decided, undecided
 from pipeline.config import BuildConfig
 from pipeline.goals import settle
+from pipeline.index import Index
 from pipeline.lease import PRUNE, Lease
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import Inversions, ListWork, Units, tallies
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, StreamPlan, make_plan
 from pipeline.references import keep, scan
 from pipeline.seeds import assess, load_seeds, remark, seed_name
 from pipeline.select import Selection, Stream
-from pipeline.store import Store
+from pipeline.store import Store, side_by_side
 from pipeline.tasks import (
     AssessTask,
     BatchTask,
     Done,
     InvertTask,
+    Outdated,
     PrepareTask,
     Receipt,
     Runner,
@@ -43,7 +46,7 @@ from pipeline.tasks import (
     Work,
 )
 from pipeline.telemetry import Telemetry
-from schemas.errors import Interrupted
+from schemas.errors import Interrupted, UserError
 from schemas.manifest import Manifest
 from schemas.records import Reference
 from schemas.sealed import seal
@@ -56,8 +59,7 @@ class State:
     """What the store holds for a plan."""
 
     streams: dict[str, Stream]
-    environments: dict[str, dict[int, str]]  # stream → unit → environment of its part
-    generated: dict[str, set[int]]  # stream → units whose part exists, scored or not
+    generated: dict[str, list[int]]  # stream → units whose part exists, scored or not
 
     def selections(self) -> dict[str, Selection]:
         return {name: stream.select() for name, stream in self.streams.items()}
@@ -80,21 +82,42 @@ def resolve(config: BuildConfig) -> tuple[Store, Plan]:
     return store, make_plan(decided(settle(config, lock), store), lock)
 
 
-def survey(store: Store, plan: Plan) -> State:
-    """What is committed of each stream: receipts are read from parts and scores, nothing is computed."""
-    state = State({}, {}, {})
-    for stream in plan.streams:
-        known = Stream(stream.quota, stream.max_units, stream.unit)
-        environments: dict[int, str] = {}
-        found = {int(n.removesuffix(".parquet")) for n in store.list(f"parts/{stream.id}")}
-        for unit in sorted(found):
-            if unit < stream.max_units and (account := parts.account(store, stream, unit)):
-                known.outcomes[unit] = account.outcomes
-                environments[unit] = account.environment
-        state.streams[stream.id] = known
-        state.environments[stream.id] = environments
-        state.generated[stream.id] = found
+def blank(plan: Plan) -> dict[str, Stream]:
+    """The streams of a plan, of which nothing is known yet."""
+    return {s.id: Stream(s.quota, s.max_units, s.unit) for s in plan.streams}
+
+
+def survey(store: Store, plan: Plan, say: Callable[[str], None]) -> State:
+    """What is committed of each stream, seen without workers.
+
+    The index is believed as far as parts and scores are there; those that it lacks are read. A build has no
+    need of it: it asks workers for what the index does not know, and they find what is there.
+    """
+    state = State(blank(plan), {})
+    Index(store, plan, say).teach(state.streams)
+
+    def look(stream: StreamPlan) -> tuple[list[int], set[int]]:
+        folders = [f"parts/{stream.id}", *(f"scores/{stream.id}/{f.id}" for f in stream.filters)]
+        found = [{int(name.removesuffix(".parquet")) for name in store.list(folder)} for folder in folders]
+        return sorted(found[0]), set.intersection(*found)
+
+    unread: list[tuple[StreamPlan, int]] = []
+    for stream, (parts_there, scored) in zip(plan.streams, side_by_side(look, plan.streams), strict=True):
+        known = state.streams[stream.id]
+        if gone := set(known.units()) - scored:
+            known.forget(gone)
+        unread += [(stream, n) for n in sorted(scored) if n < stream.max_units and not known.knows(n)]
+        state.generated[stream.id] = parts_there
+    _read(store, state.streams, unread)
     return state
+
+
+def _read(store: Store, streams: Mapping[str, Stream], units: Sequence[tuple[StreamPlan, int]]) -> None:
+    """Learn of units from their parts and scores."""
+    accounts = side_by_side(lambda unit: parts.account(store, *unit), units)
+    for (stream, unit), account in zip(units, accounts, strict=True):
+        if account:
+            streams[stream.id].learn(unit, account.outcomes, account.environment)
 
 
 def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan, str], Runner]) -> Result:
@@ -111,13 +134,15 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
     seconds: dict[str, float] = {}
     lease = lease_of(store, plan)
     lease.demand_free()
-    state = survey(store, plan)
-    units = Units(plan, state.streams, state.environments, telemetry)
+    streams = blank(plan)
+    index = Index(store, plan, telemetry.say)
+    index.teach(streams)
+    units = Units(plan, streams, index.add, telemetry)
 
     def timed(name: str, step: Callable[[], Any]) -> Any:
         begin = time.monotonic()
         value = step()
-        seconds[name] = round(time.monotonic() - begin, 3)
+        seconds[name] = round(seconds.get(name, 0) + time.monotonic() - begin, 3)
         return value
 
     with contextlib.ExitStack() as held:
@@ -135,22 +160,17 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
                 timed("invert", lambda: _run_list(run, telemetry, "invert", absent, Inversions))
                 seeds = timed("assess", lambda: _assess(run, telemetry, plan))
                 timed("prepare", lambda: _run_list(run, telemetry, "prepare", _preparations(store, plan)))
-                if todo := units.remaining():
-                    telemetry.phase("generate", todo)
-                    telemetry.tallies(tallies(plan, state.streams))
-                    timed("generate", lambda: run(units))
-                selections = state.selections()
-                tasks = pack.plan_shards(plan, selections)
-                shards: list[ShardReceipt] = timed("pack", lambda: _pack(run, telemetry, tasks))
+                with index:
+                    selections, shards = _generate_and_pack(run, units, index, timed)
             finally:
                 runner.__exit__()
         except KeyboardInterrupt:
-            done = sum(t.accepted for t in tallies(plan, state.streams).values())
+            done = sum(stream.tally().accepted for stream in streams.values())
             raise Interrupted(
                 f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to"
                 " go on"
             ) from None
-        manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
+        manifest = write_manifest(store, plan, selections, seeds, shards)
         busy = seconds.get("generate", 0) * runner.workers
         result = Result(
             manifest, plan.build_folder, True, seconds, units.generated,
@@ -158,6 +178,32 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
         )  # fmt: skip
         _write_run(store, plan, result, runner, started)
     return result
+
+
+def _generate_and_pack(
+    run: Run, units: Units, index: Index, timed: Callable[[str, Callable[[], Any]], Any]
+) -> tuple[dict[str, Selection], list[ShardReceipt]]:
+    """Units until selection is final, and its shards; once more when the index was wrong about some units."""
+    plan, streams, telemetry = units.plan, units.streams, units.telemetry
+    outdated: set[tuple[str, int]] = set()
+    while True:
+        if todo := units.remaining():
+            telemetry.phase("generate", todo)
+            telemetry.tallies(tallies(plan.streams, streams))
+            timed("generate", lambda: run(units))
+        selections = {name: stream.select() for name, stream in streams.items()}
+        shards, gone = timed("pack", partial(_pack, run, telemetry, plan, selections))
+        if not gone:
+            return selections, shards
+        for name, unit in gone & outdated:
+            part = f"{index.store.uri}/{parts.part_name(plan.by_id[name], unit)}"
+            raise UserError(
+                f"{part}: it or its scores change during the build; leave them alone, build again"
+            )
+        telemetry.say(f"{len(gone)} units are not as the index has them: they are looked at again")
+        index.forget(gone)
+        units.forget(gone)
+        outdated |= gone
 
 
 def lease_of(store: Store, plan: Plan) -> Lease:
@@ -174,31 +220,44 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
     if manifest := existing(store, plan):
         record(store, manifest)
         return Result(manifest, plan.build_folder, made=False)
-    state = survey(store, plan)
-    selections = state.selections()
+
+    def here(work: Work) -> None:
+        while (task := work.next()) is not None:
+            assert isinstance(task, pack.PackTask)
+            work.done(task, pack.write_shards(store, plan, task))
+
+    streams = survey(store, plan, telemetry.say).streams
+    selections = {name: stream.select() for name, stream in streams.items()}
+    if short := _short(plan, selections):
+        return short
+    store.probe()
+    with lease_of(store, plan) as lease:
+        commit_inputs(store, plan)
+        while True:
+            shards, gone = _pack(lease.guard(here), telemetry, plan, selections)
+            if not gone:
+                break
+            for name, unit in gone:  # the index was wrong about them
+                streams[name].forget([unit])
+            _read(store, streams, [(plan.by_id[name], unit) for name, unit in sorted(gone)])
+            selections = {name: stream.select() for name, stream in streams.items()}
+            if short := _short(plan, selections):
+                return short
+        combining = [s for s in plan.streams if s.seeds]
+        seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in combining}
+        manifest = write_manifest(store, plan, selections, seeds, shards)
+    return Result(manifest, plan.build_folder, made=True)
+
+
+def _short(plan: Plan, selections: Mapping[str, Selection]) -> dict[str, int]:
+    """Target → images that are missing for certain, where more units are to be known."""
     short: dict[str, int] = {}
     for stream in plan.streams:
         selection = selections[stream.id]
         if not selection.final:
             # what an unknown unit holds decides about all that come after it
-            certain = sum(unit < selection.unknown[0] for unit, _ in selection.accepted)
-            short[stream.target] = short.get(stream.target, 0) + stream.quota - certain
-    if short:
-        return short
-    store.probe()
-    with lease_of(store, plan) as lease:
-        commit_inputs(store, plan)
-        shards: list[ShardReceipt] = []
-        tasks = pack.plan_shards(plan, selections)
-        telemetry.phase("pack", sum(len(task.shards) for task in tasks))
-        for task in tasks:
-            lease.check()
-            shards += pack.write_shards(store, plan, task)
-            telemetry.advance(len(task.shards))
-        combining = [s for s in plan.streams if s.seeds]
-        seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in combining}
-        manifest = write_manifest(store, plan, selections, state.environments, seeds, shards)
-    return Result(manifest, plan.build_folder, made=True)
+            short[stream.target] = short.get(stream.target, 0) + stream.quota - selection.certain
+    return short
 
 
 def _choose_batches(
@@ -249,14 +308,17 @@ def _assess(run: Run, telemetry: Telemetry, plan: Plan) -> dict[str, SeedsReceip
 
 def _inversions(store: Store, plan: Plan) -> list[Task]:
     """Device batches of references whose seeds are missing; one image is inverted once per prompt."""
+    combining = [stream for stream in plan.streams if stream.seeds]
+    folders = {f"seeds/{stream.seeds}" for stream in combining}
+    there = side_by_side(lambda folder: [f"{folder}/{name}" for name in store.list(folder)], folders)
+    seen = {name for names in there for name in names}
     tasks: list[Task] = []
-    seen: set[str] = set()
-    for stream in plan.streams:
-        if stream.seeds is None or stream.seeds in seen:
-            continue
-        seen.add(stream.seeds)
-        absent = [r for r in stream.references if not store.exists(seed_name(stream.seeds, r))]
-        tasks += [InvertTask(stream.id, tuple(batch)) for batch in _batches(absent, stream.batch)]
+    for stream in combining:
+        assert stream.seeds is not None
+        absent = {seed_name(stream.seeds, r): r for r in stream.references}
+        absent = {name: r for name, r in absent.items() if name not in seen}
+        seen |= absent.keys()
+        tasks += [InvertTask(stream.id, tuple(b)) for b in _batches(list(absent.values()), stream.batch)]
     return tasks
 
 
@@ -268,24 +330,30 @@ def _preparations(store: Store, plan: Plan) -> list[Task]:
     from pipeline.worker import artifact_name
 
     wanted = {artifact: (s.id, kind) for s in plan.streams for kind, artifact in s.artifacts.items()}
+    there = side_by_side(lambda artifact: store.exists(artifact_name(artifact)), wanted)
     return [
-        PrepareTask(stream, kind)
-        for artifact, (stream, kind) in wanted.items()
-        if not store.exists(artifact_name(artifact))
+        PrepareTask(*made_by) for made_by, exists in zip(wanted.values(), there, strict=True) if not exists
     ]
 
 
-def _pack(run: Run, telemetry: Telemetry, tasks: list[pack.PackTask]) -> list[ShardReceipt]:
+def _pack(
+    run: Run, telemetry: Telemetry, plan: Plan, selections: Mapping[str, Selection]
+) -> tuple[list[ShardReceipt], set[tuple[str, int]]]:
+    """The shards; and units that are not as selection was told, whose tasks wrote nothing."""
     shards: list[ShardReceipt] = []
+    outdated: set[tuple[str, int]] = set()
 
     def received(task: Task, receipt: Receipt) -> None:
+        if isinstance(receipt, Outdated):
+            outdated.update(receipt.units)
+            return
         assert isinstance(receipt, tuple)
         shards.extend(receipt)
         telemetry.advance(len(receipt))
 
-    telemetry.phase("pack", sum(len(task.shards) for task in tasks))
-    run(ListWork(tasks, received))
-    return shards
+    telemetry.phase("pack", pack.count_shards(plan, selections))
+    run(ListWork(pack.plan_shards(plan, selections), received))
+    return shards, outdated
 
 
 def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started: float) -> None:

@@ -40,14 +40,11 @@ def write_manifest(
     store: Store,
     plan: Plan,
     selections: Mapping[str, Selection],
-    environments: Mapping[str, Mapping[int, str]],
     seeds: Mapping[str, SeedsReceipt],
     shards: Sequence[ShardReceipt],
 ) -> Manifest:
-    """Write the manifest and enter the build into the history. `environments` is of units, by stream."""
-    used = {
-        environments[name][unit] for name, selection in selections.items() for unit in range(selection.units)
-    }
+    """Write the manifest and enter the build into the history."""
+    used = frozenset[str]().union(*(selection.environments for selection in selections.values()))
     references = plan.lock.account()
     targets: dict[str, dict[str, Any]] = {}
     for stream in plan.streams:

@@ -8,74 +8,123 @@ and write shards: most of that is waiting, and hashing and compressing leave Pyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.parts import contents, part_name, read_table, scores_name, to_parquet
+import numpy as np
+
+from pipeline.parts import contents, outcome, part_name, read_table, scores_name, to_parquet
 from pipeline.plan import Plan
-from pipeline.select import Selection
+from pipeline.select import PASSED, Selection
 from pipeline.store import Store
-from pipeline.tasks import PackTask, Row, ShardReceipt
+from pipeline.tasks import Outdated, PackTask, ShardReceipt
 from schemas import tables
-from schemas.ids import fingerprint, random_stream, sha256
+from schemas.ids import canonical, random_stream, sha256
 from stages.shard import sample, tar
 
 THREADS = 4  # of one task
 
 
-def plan_shards(plan: Plan, selections: Mapping[str, Selection]) -> list[PackTask]:
-    """Every accepted candidate, once, in shards."""
-    by_part: dict[tuple[str, int], list[Row]] = {}
-    for stream, selection in selections.items():
-        for unit, place in selection.accepted:
-            by_part.setdefault((stream, unit), []).append(Row(stream, unit, place))
-    ordered = sorted(by_part, key=lambda part: fingerprint(["pack", *part]))
-    rows = [row for part in ordered for row in by_part[part]]
+def count_shards(plan: Plan, selections: Mapping[str, Selection]) -> int:
+    return math.ceil(sum(len(s.accepted) for s in selections.values()) / plan.config.shard.samples)
 
-    size, tasks = plan.config.shard.samples, []
-    step = size * plan.config.shard.window
-    for number, start in enumerate(range(0, len(rows), step)):
-        window = rows[start : start + step]
-        order = random_stream(plan.config.rng_seed, "pack", number).permutation(len(window))
-        shuffled = [window[i] for i in order]
-        shards = tuple(tuple(shuffled[i : i + size]) for i in range(0, len(shuffled), size))
-        tasks.append(PackTask(number * plan.config.shard.window, shards))
-    return tasks
+
+def plan_shards(plan: Plan, selections: Mapping[str, Selection]) -> Iterator[PackTask]:
+    """Every accepted candidate, once, in shards. Shape letters: P parts, R rows."""
+    if not count_shards(plan, selections):
+        return
+    streams = list(selections)
+    places: list[np.ndarray] = []
+    units: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    for name, selection in selections.items():
+        unit_R, place_R = np.divmod(selection.accepted, plan.by_id[name].unit)
+        unit_P, count_P = np.unique(unit_R, return_counts=True)
+        places.append(place_R.astype(np.int32))
+        units.append(unit_P)
+        counts.append(count_P)
+    stream_P = np.repeat(np.arange(len(streams)), [len(found) for found in units])
+    place_R, unit_P, count_P = (np.concatenate(found) for found in (places, units, counts))
+    first_P = np.cumsum(count_P) - count_P  # where the rows of a part begin
+
+    order_P = np.argsort(_hashes(streams, stream_P, unit_P), kind="stable")
+    end_P = np.cumsum(count_P[order_P])  # where they end when the parts lie in the order of their hashes
+    size, step = plan.config.shard.samples, plan.config.shard.samples * plan.config.shard.window
+    for number, start in enumerate(range(0, len(place_R), step)):
+        stop = min(start + step, len(place_R))
+        low, high = np.searchsorted(end_P, [start, stop - 1], side="right")
+        inside = order_P[low : high + 1]
+        count = count_P[inside]
+        part_R = np.repeat(np.arange(len(inside)), count)
+        row_R = np.arange(len(part_R)) + np.repeat(first_P[inside] - (np.cumsum(count) - count), count)
+        before = start - (end_P[low] - count[0])  # rows of the first part that the window before has
+        rows_R2 = np.stack([part_R, place_R[row_R]], axis=1).astype(np.int32)[before : before + stop - start]
+        shuffled = rows_R2[random_stream(plan.config.rng_seed, "pack", number).permutation(len(rows_R2))]
+        yield PackTask(
+            number * plan.config.shard.window,
+            tuple((streams[stream_P[p]], int(unit_P[p])) for p in inside),
+            tuple(shuffled[i : i + size] for i in range(0, len(shuffled), size)),
+        )
+
+
+def _hashes(streams: Sequence[str], stream_P: np.ndarray, unit_P: np.ndarray) -> np.ndarray:
+    """Of each part the bytes of `fingerprint(["pack", stream, unit])`, written out because they are many."""
+    prefixes = [canonical(["pack", name, 0])[: -len("0]")] for name in streams]
+    digests = (
+        hashlib.sha256(b"%s%d]" % (prefixes[stream], unit)).digest()[:10]
+        for stream, unit in zip(stream_P.tolist(), unit_P.tolist(), strict=True)
+    )
+    return np.frombuffer(b"".join(digests), "S10")
 
 
 def shard_name(plan: Plan, name: str, suffix: str) -> str:
     return f"{plan.build_folder}/shards/{name}.{suffix}"
 
 
-def write_shards(store: Store, plan: Plan, task: PackTask) -> tuple[ShardReceipt, ...]:
+def write_shards(store: Store, plan: Plan, task: PackTask) -> tuple[ShardReceipt, ...] | Outdated:
     """Write the shards of a task that are absent, and give the receipts of all.
 
     A receipt is of the bytes as they must be, made from the parts, not of what happens to lie there: a shard
-    that an earlier run left, and that was damaged since, is found by `verify`.
+    that an earlier run left, and that was damaged since, is found by `verify`. Nor is the index believed:
+    when a part or its scores are gone, or a candidate is not accepted by them, nothing is written.
     """
-    parts = list(dict.fromkeys((row.stream, row.unit) for rows in task.shards for row in rows))
 
     def read(part: tuple[str, int]) -> list[dict[str, Any]]:
-        return read_unit(store, plan, *part)
+        try:
+            return read_unit(store, plan, *part)
+        except FileNotFoundError:
+            return []
 
-    def write(number: int, rows: Sequence[Row]) -> ShardReceipt:
+    def write(number: int, rows: Sequence[dict[str, Any]]) -> ShardReceipt:
         name = f"{number:06d}"
-        packed, table = _shard(plan, name, [known[row.stream, row.unit][row.place] for row in rows])
+        packed, table = _shard(plan, name, rows)
         store.put_new(shard_name(plan, name, "tar"), *packed)
         store.put_new(shard_name(plan, name, "parquet"), table)
         tar_bytes = sum(map(len, packed))
         return ShardReceipt(name, len(rows), tar_bytes, sha256(*packed), len(table), sha256(table))
 
     with ThreadPoolExecutor(THREADS) as threads:
-        known = dict(zip(parts, threads.map(read, parts), strict=True))
-        return tuple(threads.map(write, range(task.first, task.first + len(task.shards)), task.shards))
+        known = list(threads.map(read, task.parts))
+        numbers = [rows.tolist() for rows in task.shards]
+        outdated = {
+            part
+            for rows in numbers
+            for part, place in rows
+            if not known[part] or known[part][place]["outcome"] != PASSED
+        }
+        if outdated:
+            return Outdated(tuple(task.parts[part] for part in sorted(outdated)))
+        shards = [[known[part][place] for part, place in rows] for rows in numbers]
+        return tuple(threads.map(write, range(task.first, task.first + len(shards)), shards))
 
 
 def read_unit(store: Store, plan: Plan, stream_id: str, unit: int) -> list[dict[str, Any]]:
     """The candidates of a unit as rows of the sample table, with the columns of the part beside them.
 
-    `image` is a view of the encoded bytes, or None.
+    `image` is a view of the encoded bytes, or None; `outcome` is as `pipeline.select` knows it.
     """
     stream = plan.by_id[stream_id]
     table = read_table(store, part_name(stream, unit))
@@ -85,9 +134,11 @@ def read_unit(store: Store, plan: Plan, stream_id: str, unit: int) -> list[dict[
         candidate |= {**blank, "image": image}
         candidate |= {"class": stream.label, "class_index": stream.class_index, "recipe": stream.recipe}
         candidate |= {"stream": stream.id, "unit": unit}
-    for f in stream.filters:
-        scores = read_table(store, scores_name(stream, f, unit)).to_pylist()
-        for candidate, score in zip(candidates, scores, strict=True):
+    scored = [read_table(store, scores_name(stream, f, unit)).to_pylist() for f in stream.filters]
+    for place, candidate in enumerate(candidates):
+        scores = [rows[place] for rows in scored]
+        candidate["outcome"] = outcome(stream, candidate["status"], scores)
+        for f, score in zip(stream.filters, scores, strict=True):
             for column in f.method.columns():
                 candidate[tables.score_name(f.method.name, column)] = score[column]
     return candidates

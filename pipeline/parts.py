@@ -149,14 +149,18 @@ def account(store: Store, stream: StreamPlan, unit: int) -> UnitAccount | None:
         ]
     except FileNotFoundError:
         return None
-    verdicts = []
-    for place, status in enumerate(part.column("status").to_pylist()):
-        if status != "ok":
-            verdicts.append(FAILED)
-            continue
-        rows = [rows[place] for rows in scored]
-        verdicts.append(next((v.rule for v in judge(stream, rows) if not v.passed), PASSED))
-    return UnitAccount(tuple(verdicts), part.schema.metadata[b"environment"].decode())
+    outcomes = [
+        outcome(stream, status, [rows[place] for rows in scored])
+        for place, status in enumerate(part.column("status").to_pylist())
+    ]
+    return UnitAccount(tuple(outcomes), part.schema.metadata[b"environment"].decode())
+
+
+def outcome(stream: StreamPlan, status: str, scores: Sequence[Mapping[str, float]]) -> str:
+    """What a candidate turned out to be, as `pipeline.select` knows it."""
+    if status != "ok":
+        return FAILED
+    return next((verdict.rule for verdict in judge(stream, scores) if not verdict.passed), PASSED)
 
 
 def judge(stream: StreamPlan, scores: Sequence[Mapping[str, float]]) -> list[Verdict]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.plan import Plan
+from pipeline.plan import Plan, StreamPlan
 from pipeline.select import Stream
 from pipeline.tasks import (
     InvertTask,
@@ -29,10 +29,11 @@ class ListWork:
     """Independent tasks, each done once."""
 
     def __init__(self, tasks: Iterable[Task], received: Callable[[Task, Receipt], None]):
-        self._tasks, self._received = deque(tasks), received
+        self._tasks, self._received = iter(tasks), received
+        self._again: deque[Task] = deque()
 
     def next(self) -> Task | None:
-        return self._tasks.popleft() if self._tasks else None
+        return self._again.popleft() if self._again else next(self._tasks, None)
 
     def done(self, task: Task, receipt: Receipt) -> None:
         self._received(task, receipt)
@@ -47,9 +48,9 @@ class Inversions(ListWork):
     def killed(self, task: Task) -> None:
         assert isinstance(task, InvertTask)
         if len(task.references) > 1:
-            self._tasks.extend(InvertTask(task.stream, (reference,)) for reference in task.references)
+            self._again.extend(InvertTask(task.stream, (reference,)) for reference in task.references)
         else:
-            self._tasks.append(
+            self._again.append(
                 replace(task, killer="the worker process died while it inverted this image alone")
             )
 
@@ -61,35 +62,50 @@ class Units:
         self,
         plan: Plan,
         streams: dict[str, Stream],
-        environments: dict[str, dict[int, str]],
+        learned: Callable[[str, int, Sequence[str], str], None],
         telemetry: Telemetry,
     ):
-        self.plan, self.streams, self.environments = plan, streams, environments
+        """`learned` is told of every new unit: its stream, number, outcomes, and the part's environment."""
+        self.plan, self.streams, self._learned = plan, streams, learned
         self.telemetry = telemetry
         self.generated = self.generated_bytes = self._finished = 0
         self.busy_seconds = 0.0
-        self._asked: set[tuple[str, int]] = set()
-        self._waiting: dict[str, deque[int]] = {s: deque() for s in streams}
-        self._turn: deque[str] = deque(streams)
+        self._of_target: dict[str, list[StreamPlan]] = {}
+        for stream in plan.streams:
+            self._of_target.setdefault(stream.target, []).append(stream)
+        self._start()
         self._again: deque[Task] = deque()
         self._suspicions: Counter[tuple[str, int]] = Counter()
         self._dissections: Counter[tuple[str, int]] = Counter()
         self._probes: dict[tuple[str, int], dict[int, str | None]] = {}  # candidate → how it ended
         self._probing: dict[tuple[str, int], set[int]] = {}  # candidates that are still to end
-        for stream in streams:
-            self._refill(stream)
+
+    def _start(self) -> None:
+        self._next = dict.fromkeys(self.streams, 0)  # stream → the first unit that was not asked for
+        self._turn = deque(self.streams)  # streams that may have units to be asked for
+        self._idle: set[str] = set()  # and those that have none until a receipt comes
+        self._remaining = sum(stream.pending for stream in self.streams.values())
 
     def remaining(self) -> int:
         """Units that are needed as far as is known."""
-        return sum(len(stream.needed()) for stream in self.streams.values())
+        return self._remaining
+
+    def forget(self, units: Iterable[tuple[str, int]]) -> None:
+        """Ask for these once more. Only between two runs."""
+        for stream, unit in units:
+            self.streams[stream].forget([unit])
+        self._start()
 
     def next(self) -> Task | None:
         if self._again:
             return self._again.popleft()
-        for _ in range(len(self._turn)):
-            self._turn.rotate(-1)  # every target moves on, none waits for another to end
-            if waiting := self._waiting[self._turn[-1]]:
-                return UnitTask(self._turn[-1], waiting.popleft())
+        while self._turn:
+            name = self._turn.popleft()
+            if (unit := next(self.streams[name].needed(self._next[name]), None)) is not None:
+                self._next[name] = unit + 1
+                self._turn.append(name)  # every target moves on, none waits for another to end
+                return UnitTask(name, unit)
+            self._idle.add(name)
         return None
 
     def done(self, task: Task, receipt: Receipt) -> None:
@@ -107,13 +123,19 @@ class Units:
             self._again.append(UnitTask(task.stream, task.unit, dict(receipt.raised), task.killers))
             return
         assert isinstance(receipt, UnitReceipt)
-        self.streams[task.stream].outcomes[task.unit] = receipt.outcomes
-        self.environments[task.stream][task.unit] = receipt.environment
+        stream = self.streams[task.stream]
+        before = stream.pending
+        stream.learn(task.unit, receipt.outcomes, receipt.environment)
+        self._learned(task.stream, task.unit, receipt.outcomes, receipt.environment)
+        self._remaining += stream.pending - before
+        if task.stream in self._idle:
+            self._idle.remove(task.stream)
+            self._turn.append(task.stream)
         self.generated += receipt.generated
         self.generated_bytes += receipt.bytes
         self.busy_seconds += receipt.seconds
-        self._refill(task.stream)
-        self.telemetry.tallies(tallies(self.plan, self.streams))
+        target = self.plan.by_id[task.stream].target
+        self.telemetry.tallies(tallies(self._of_target[target], self.streams))
         self._finished += 1
         self.telemetry.advance(1, self._finished + self.remaining())
 
@@ -146,21 +168,12 @@ class Units:
                 raise RuntimeError(f"every candidate of {self.plan.by_id[task.stream].name} ends its worker")
             self._again.append(UnitTask(*unit, killers=killers))
 
-    def _refill(self, stream: str) -> None:
-        for unit in self.streams[stream].needed():
-            if (stream, unit) not in self._asked:
-                self._asked.add((stream, unit))
-                self._waiting[stream].append(unit)
 
-
-def tallies(plan: Plan, streams: dict[str, Stream]) -> dict[str, Tally]:
-    """Target → counts over all its streams, as far as is known."""
+def tallies(plans: Iterable[StreamPlan], streams: Mapping[str, Stream]) -> dict[str, Tally]:
+    """Target → counts over its streams, as far as is known."""
     found: dict[str, Tally] = {}
-    for stream in plan.streams:
-        tally = found.setdefault(stream.target, Tally(0))
-        selection = streams[stream.id].select()
-        tally.quota += stream.quota
-        tally.accepted += len(selection.accepted)
-        tally.rejected += sum(selection.rejected.values())
-        tally.failed += selection.failed
+    for plan in plans:
+        sums, counts = found.setdefault(plan.target, Tally(0)), streams[plan.id].tally()
+        for name, count in vars(counts).items():
+            setattr(sums, name, getattr(sums, name) + count)
     return found

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.config import method_of
-from pipeline.store import Store
+from pipeline.store import Store, side_by_side
 from schemas.errors import Damaged, UserError
 from schemas.ids import fingerprint, sha256
 from schemas.records import Quarantined, Reference
@@ -101,7 +101,9 @@ def reference_name(digest: str) -> str:
 
 def keep(settings: ReadSettings | None, store: Store, wanted: Iterable[Reference]) -> None:
     """Copy the bytes of these references into the store, unless they are there already."""
-    absent = {r.origin: r for r in wanted if not store.exists(reference_name(r.sha256))}
+    wanted = list({r.sha256: r for r in wanted}.values())
+    there = side_by_side(lambda r: store.exists(reference_name(r.sha256)), wanted)
+    absent = {r.origin: r for r, exists in zip(wanted, there, strict=True) if not exists}
     if not absent:
         return
     assert settings is not None  # references come from a source

@@ -19,9 +19,11 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,10 +52,20 @@ FINAL_ERRNO = tuple(
     for name in ("EINVAL", "EPERM", "EACCES", "ENOSYS", "EMSGSIZE", "ENAMETOOLONG", "EREMCHG", "EROFS")
     if hasattr(errno, name)
 )
-T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _SCRATCH = ".tmp"
 SCRATCH_SECONDS = 24 * 3600
+THREADS = 32  # that wait for a store, side by side
+
+
+def side_by_side(call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results of calls that mostly wait for a store, in the order of the items."""
+    rest = iter(items)
+    with ThreadPoolExecutor(THREADS) as threads:
+        while some := list(islice(rest, 64 * THREADS)):
+            yield from threads.map(call, some)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class Store:
                 f"output {self.uri!r}: the store has no conditional writes; use one that has them"
             )
 
-    def attempt(self, step: Callable[[], T], name: str = "") -> T:
+    def attempt(self, step: Callable[[], Result], name: str = "") -> Result:
         """The result of an operation on the store. Raises what tells of the object, and `UserError`."""
         if self.local:
             return step()

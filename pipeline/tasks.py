@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from schemas.records import Reference
 
 
@@ -67,20 +69,13 @@ class ProbeTask:
 
 
 @dataclass(frozen=True)
-class Row:
-    """An accepted candidate on its way into a shard."""
-
-    stream: str
-    unit: int
-    place: int
-
-
-@dataclass(frozen=True)
 class PackTask:
-    """Write these shards; each is its rows in order."""
+    """Write these shards."""
 
     first: int  # number of the first shard
-    shards: tuple[tuple[Row, ...], ...]
+    parts: tuple[tuple[str, int], ...] = field(compare=False)  # stream, unit
+    # of each its rows in order, (rows, 2): the number of a part above, and the place of a candidate in it
+    shards: tuple[np.ndarray, ...] = field(compare=False)
 
 
 Task = BatchTask | InvertTask | AssessTask | PrepareTask | UnitTask | ProbeTask | PackTask
@@ -130,7 +125,14 @@ class ShardReceipt:
     parquet_sha256: str
 
 
-Receipt = Done | SeedsReceipt | UnitReceipt | Suspects | tuple[ShardReceipt, ...]
+@dataclass(frozen=True)
+class Outdated:
+    """Nothing was written: these units are gone from the store, or are not what selection was told."""
+
+    units: tuple[tuple[str, int], ...]  # stream, unit
+
+
+Receipt = Done | SeedsReceipt | UnitReceipt | Suspects | tuple[ShardReceipt, ...] | Outdated
 
 
 class Work(Protocol):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
+BAR_SECONDS = 0.2  # between two looks at which targets have a bar
+SHOWN = 12  # targets
 
 
 @dataclass
@@ -19,6 +23,13 @@ class Tally:
     accepted: int = 0
     rejected: int = 0
     failed: int = 0
+
+
+def lacking_most(tallies: Mapping[str, Tally]) -> list[str]:
+    """The few targets that lack the largest share of their quota, by name."""
+    return sorted(
+        heapq.nsmallest(SHOWN, tallies, key=lambda name: tallies[name].accepted / tallies[name].quota)
+    )
 
 
 class Telemetry(Protocol):
@@ -35,7 +46,7 @@ class Telemetry(Protocol):
         ...
 
     def tallies(self, tallies: dict[str, Tally]) -> None:
-        """The counts of every target, after something changed."""
+        """The counts of targets, all at first and then those that change."""
         ...
 
     def close(self) -> None: ...
@@ -74,7 +85,10 @@ class JsonLines:
 
 
 class PlainLines:
-    """A line for each phase, and one for progress every ten seconds, on standard error."""
+    """A line for each phase, and one for progress every ten seconds, on standard error.
+
+    It tells of the targets that lack most.
+    """
 
     def __init__(self) -> None:
         self._tallies: dict[str, Tally] = {}
@@ -97,23 +111,24 @@ class PlainLines:
             rate = self._done / max(now - self._started, 1e-9)
             line = f"{self._name}: {self._done}/{self._total}, {rate:.2f}/s"
             if self._tallies:
+                shown = {name: self._tallies[name] for name in lacking_most(self._tallies)}
                 line += "; " + ", ".join(
                     f"{name} {t.accepted}/{t.quota} accepted {t.rejected} rejected {t.failed} failed"
-                    for name, t in self._tallies.items()
+                    for name, t in shown.items()
                 )
+                if more := len(self._tallies) - len(shown):
+                    line += f"; and {more} more"
             self.say(line)
 
     def tallies(self, tallies: dict[str, Tally]) -> None:
-        self._tallies = tallies
+        self._tallies |= tallies
 
     def close(self) -> None:
         pass
 
 
 class Bars:
-    """One bar for the phase and one for each target (the 12 that lack most), on standard error."""
-
-    SHOWN = 12
+    """One bar for the phase and one for each target (those that lack most), on standard error."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -138,12 +153,15 @@ class Bars:
         )
         self._phase: Any = None
         self._targets: dict[str, Any] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._drawn = 0.0
         self._progress.start()
 
     def say(self, text: str, **facts: Any) -> None:
         self._progress.console.print(text, markup=False)
 
     def phase(self, name: str, total: int) -> None:
+        self._draw()  # the last of the phase before
         if self._phase is not None:
             self._progress.remove_task(self._phase)
         self._phase = self._progress.add_task(f"[bold]{name}", total=total, note="")
@@ -154,17 +172,24 @@ class Bars:
         self._progress.update(self._phase, note=f"{speed:.2f}/s" if speed else "")
 
     def tallies(self, tallies: dict[str, Tally]) -> None:
+        self._tallies |= tallies
+        if time.monotonic() - self._drawn > BAR_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
         from rich.markup import escape
 
-        lacking = sorted(tallies, key=lambda name: tallies[name].accepted / tallies[name].quota)[: self.SHOWN]
+        lacking = lacking_most(self._tallies)
         for name in set(self._targets) - set(lacking):
             self._progress.remove_task(self._targets.pop(name))
-        for name in sorted(lacking):
-            tally = tallies[name]
+        for name in lacking:
+            tally = self._tallies[name]
             if name not in self._targets:
                 self._targets[name] = self._progress.add_task(f"  {escape(name)}", total=tally.quota, note="")
             note = f"accepted · {tally.rejected} rejected · {tally.failed} failed"
             self._progress.update(self._targets[name], completed=min(tally.accepted, tally.quota), note=note)
+        self._drawn = time.monotonic()
 
     def close(self) -> None:
+        self._draw()
         self._progress.stop()

@@ -83,3 +83,16 @@ def samples(score_names: Sequence[str]) -> pa.Schema:
             pa.field("length", pa.int64(), nullable=False),  # bytes
         ]
     )
+
+
+_NAME = pa.dictionary(pa.int32(), pa.string())  # few different ones
+
+INDEX = pa.schema(
+    [
+        pa.field("scope", _NAME, nullable=False),  # fingerprint of the stream and of all that decides on it
+        pa.field("unit", pa.int64(), nullable=False),
+        pa.field("environment", _NAME, nullable=False),  # of its part, canonical JSON
+        # of each candidate: "passed", "failed", or the rule that rejected it
+        pa.field("outcomes", pa.list_(pa.field("element", _NAME, nullable=False)), nullable=False),
+    ]
+)

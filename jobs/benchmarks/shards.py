@@ -76,7 +76,12 @@ def measure(samples: int, side: int, runs: int, folder: Path) -> dict[str, Any]:
         from pipeline.pack import write_shards
 
         shutil.rmtree(folder / "store" / "builds", ignore_errors=True)
-        return sum(r.tar_bytes + r.parquet_bytes for task in tasks for r in write_shards(store, plan, task))
+        written = 0
+        for task in tasks:
+            shards = write_shards(store, plan, task)
+            assert isinstance(shards, tuple)
+            written += sum(shard.tar_bytes + shard.parquet_bytes for shard in shards)
+        return written
 
     packing = take_turns({PACKING: pack}, runs, device)[PACKING]
     return {
@@ -238,8 +243,8 @@ def _parts(folder: Path, pictures: Sequence[np.ndarray]) -> tuple[Any, Any, Any]
             rows.append(row)
         part = to_parquet(rows, tables.PART, {**described(stream), "environment": {}})
         store.put_new(part_name(stream, number), part)
-        known.outcomes[number] = (PASSED,) * unit
-    return store, plan, plan_shards(plan, {stream.id: known.select()})
+        known.learn(number, (PASSED,) * unit, "{}")
+    return store, plan, list(plan_shards(plan, {stream.id: known.select()}))
 
 
 def describe(facts: Mapping[str, Any]) -> str:

@@ -120,9 +120,10 @@ def build(drawings, tmp_path_factory) -> tuple[Path, Expected]:
     result = build(config, telemetry("plain"), make_runner)
     store, plan = resolve(config)
     expected: Expected = {}
-    for stream_id, selection in survey(store, plan).selections().items():
+    for stream_id, selection in survey(store, plan, print).selections().items():
         stream = plan.by_id[stream_id]
-        for unit, place in selection.accepted:
+        for number in selection.accepted.tolist():
+            unit, place = divmod(number, stream.unit)
             candidate = read_table(store, part_name(stream, unit)).to_pylist()[place]
             expected[candidate["key"]] = (candidate["image"], stream.class_index)
     assert len(expected) == 18

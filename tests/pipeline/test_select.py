@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.select import FAILED, PASSED, Selection, Stream, slots, stream_quotas
+from pipeline.select import FAILED, PASSED, Stream, slots, stream_quotas
+from pipeline.telemetry import Tally
+from schemas.errors import UserError
 
 shares = st.dictionaries(
     st.sampled_from("abcdef"), st.integers(1, 20) | st.floats(0.01, 1), min_size=1, max_size=6
@@ -43,103 +50,194 @@ def test_equal_shares_take_turns():
     assert slots({"a": 0.1, "b": 0.3}, 40) == slots({"a": 1, "b": 3}, 40)  # 0.3 is not 3 times 0.1 in binary
 
 
+@dataclass
+class World:
+    """A stream, and what each of its candidates would turn out to be."""
+
+    quota: int
+    size: int  # of a unit
+    outcomes: list[list[str]]  # of each unit up to the cap
+
+    def stream(self, *known: int) -> Stream:
+        stream = Stream(self.quota, len(self.outcomes), self.size)
+        for unit in known:
+            self.tell(stream, unit)
+        return stream
+
+    def tell(self, stream: Stream, unit: int) -> None:
+        stream.learn(unit, self.outcomes[unit], f"machine {unit % 2}")
+
+    def complete(self) -> tuple[Stream, set[int]]:
+        """Run what is needed until nothing is; the units that were run."""
+        stream, run = self.stream(), set[int]()
+        while needed := list(stream.needed()):
+            assert not run & set(needed)  # no unit twice
+            for unit in needed:
+                self.tell(stream, unit)
+            run |= set(needed)
+        return stream, run
+
+
 @st.composite
 def worlds(draw):
-    """A stream, and what each of its candidates would turn out to be."""
     size, units = draw(st.integers(1, 5)), draw(st.integers(0, 7))
     outcome = st.sampled_from([PASSED, PASSED, FAILED, "clip.margin", "classifier.probability"])
     outcomes = draw(st.lists(st.lists(outcome, min_size=size, max_size=size), min_size=units, max_size=units))
-    return Stream(draw(st.integers(0, 12)), units, size), outcomes
+    return World(draw(st.integers(0, 12)), size, outcomes)
 
 
-def one_by_one(stream: Stream, outcomes: list[list[str]]) -> tuple[list[tuple[int, int]], int]:
-    """The accepted candidates and the number of units looked at, the slow and obvious way."""
-    accepted: list[tuple[int, int]] = []
-    for unit in range(stream.max_units):
-        if len(accepted) == stream.quota:
-            return accepted, unit
-        passed = [(unit, place) for place, outcome in enumerate(outcomes[unit]) if outcome == PASSED]
-        accepted += passed[: stream.quota - len(accepted)]
-    return accepted, stream.max_units
+@st.composite
+def half_known(draw):
+    """A world, and some of its units in an order of completion."""
+    world = draw(worlds())
+    units = draw(st.permutations(range(len(world.outcomes))))
+    return world, units[: draw(st.integers(0, len(units)))]
 
 
-def complete(stream: Stream, outcomes: list[list[str]]) -> set[int]:
-    """Run what is needed until nothing is; the units that were run."""
-    run: set[int] = set()
-    while needed := stream.needed():
-        assert not run & set(needed)  # no unit twice
-        for unit in needed:
-            stream.outcomes[unit] = outcomes[unit]
-        run |= set(needed)
-    return run
+def one_by_one(world: World, known: Iterable[int] | None = None) -> dict[str, Any]:
+    """The definition of selection: look at one candidate after another; unknown units are passed over."""
+    known = range(len(world.outcomes)) if known is None else known
+    accepted: list[int] = []
+    seen: Counter[str] = Counter()
+    units, unknown, certain = 0, 0, 0
+    for unit, outcomes in enumerate(world.outcomes):
+        if len(accepted) == world.quota:
+            break
+        units += 1
+        if unit not in known:
+            unknown += 1
+            continue
+        for place, outcome in enumerate(outcomes):
+            surplus = outcome == PASSED and len(accepted) == world.quota
+            seen["surplus" if surplus else outcome] += 1
+            if outcome == PASSED and not surplus:
+                accepted.append(unit * world.size + place)
+        certain = certain if unknown else len(accepted)
+    missing = world.quota - len(accepted)
+    return {
+        "accepted": accepted,
+        "units": units,
+        "candidates": sum(seen.values()),
+        "rejected": {rule: seen[rule] for rule in ("classifier.probability", "clip.margin") if seen[rule]},
+        "surplus": seen["surplus"],
+        "failed": seen[FAILED],
+        "missing": missing,
+        "exhausted": missing > 0 and not unknown,
+        "environments": {f"machine {unit % 2}" for unit in range(units) if unit in known},
+        "unknown": unknown,
+        "certain": certain,
+    }
+
+
+def needed(world: World, known: Iterable[int]) -> list[int]:
+    """The definition of what is needed: unknown units while the quota would not be full at their best."""
+    owed, units = world.quota, []
+    for unit, outcomes in enumerate(world.outcomes):
+        if owed <= 0:
+            break
+        if unit in known:
+            owed -= outcomes.count(PASSED)
+        else:
+            units.append(unit)
+            owed -= world.size
+    return units
+
+
+def facts(stream: Stream) -> dict[str, Any]:
+    selection = stream.select()
+    return vars(selection) | {"accepted": selection.accepted.tolist()}
+
+
+@given(half_known())
+def test_after_every_receipt_all_is_as_the_definitions_say(case):
+    world, order = case
+    stream = world.stream()
+    for number, unit in enumerate([None, *order]):
+        known = order[:number]
+        if unit is not None:
+            world.tell(stream, unit)
+        expected = one_by_one(world, known)
+        assert facts(stream) == expected
+        tally = Tally(
+            world.quota, len(expected["accepted"]), sum(expected["rejected"].values()), expected["failed"]
+        )
+        assert stream.tally() == tally
+        assert list(stream.needed()) == needed(world, known)
+        assert stream.pending == len(needed(world, known))
+        assert list(stream.needed(2)) == [u for u in needed(world, known) if u >= 2]
+        assert stream.units() == sorted(known)
+
+
+@given(half_known(), st.data())
+def test_many_units_at_once_and_units_forgotten_are_as_one_after_another(case, data):
+    world, order = case
+    lost = order[: data.draw(st.integers(0, len(order)))]
+    # another order of the rules than the stream's own; one unit is beyond the cap, and one comes twice
+    rules = ["clip.margin", FAILED, "classifier.probability", PASSED, "of no candidate"]
+    units = [*order, len(world.outcomes) + 3, *order[:1]]
+    numbers = [[rules.index(o) for o in world.outcomes[u]] for u in order]
+    numbers += [[0] * world.size, *numbers[:1]]
+    stream = world.stream()
+    stream.learn_all(
+        np.array(units), np.array(numbers).reshape(-1, world.size), rules,
+        np.array([u % 2 for u in units]), ["machine 0", "machine 1"],
+    )  # fmt: skip
+    assert facts(stream) == facts(world.stream(*order))
+    stream.forget([*lost, len(world.outcomes) + 3])
+    left = [unit for unit in order if unit not in lost]
+    for unit in [None, *lost]:
+        if unit is not None:
+            world.tell(stream, unit)
+            left.append(unit)
+        assert facts(stream) == facts(world.stream(*left))
+        assert (stream.tally(), list(stream.needed())) == (
+            world.stream(*left).tally(),
+            needed(world, left),
+        )
 
 
 @given(worlds())
 def test_exactly_the_units_of_a_one_by_one_search_are_run(world):
-    stream, outcomes = world
-    accepted, units = one_by_one(stream, outcomes)
-    assert complete(stream, outcomes) == set(range(units))
-    selection = stream.select()
-    assert selection.final
-    assert (list(selection.accepted), selection.units) == (accepted, units)
+    stream, run = world.complete()
+    expected = one_by_one(world)
+    assert run == set(range(expected["units"]))
+    assert stream.select().final
+    assert facts(stream) == expected
 
 
-@given(worlds(), st.data())
-def test_every_needed_unit_is_needed_whatever_the_others_hold(world, data):
-    stream, outcomes = world
-    known = data.draw(st.sets(st.integers(0, max(stream.max_units - 1, 0)), max_size=stream.max_units))
-    stream.outcomes = {unit: outcomes[unit] for unit in known if unit < stream.max_units}
-    looked_at = one_by_one(stream, outcomes)[1]
-    needed = stream.needed()
-    assert all(unit < looked_at and unit not in stream.outcomes for unit in needed)
-    assert needed == sorted(set(needed))
-    assert bool(needed) == bool(set(range(looked_at)) - stream.outcomes.keys())
+@given(half_known())
+def test_every_needed_unit_is_needed_whatever_the_others_hold(case):
+    world, known = case
+    looked_at = one_by_one(world)["units"]
+    found = list(world.stream(*known).needed())
+    assert all(unit < looked_at and unit not in known for unit in found)
+    assert bool(found) == bool(set(range(looked_at)) - set(known))
 
 
 @given(worlds())
 def test_the_account_closes(world):
-    stream, outcomes = world
-    complete(stream, outcomes)
-    s = stream.select()
+    s = world.complete()[0].select()
     assert s.candidates == len(s.accepted) + sum(s.rejected.values()) + s.surplus + s.failed
-    assert s.candidates == s.units * stream.unit_size
-    assert stream.quota == len(s.accepted) + s.missing
+    assert s.candidates == s.units * world.size
+    assert world.quota == len(s.accepted) + s.missing
     assert s.exhausted == (s.missing > 0)
-    assert len(set(s.accepted)) == len(s.accepted)
-    assert all(outcomes[unit][place] == PASSED for unit, place in s.accepted)
-
-
-@given(worlds(), st.randoms(use_true_random=False))
-def test_the_order_of_completion_does_not_matter(world, random):
-    stream, outcomes = world
-    complete(stream, outcomes)
-    other = Stream(stream.quota, stream.max_units, stream.unit_size)
-    for unit in random.sample(sorted(stream.outcomes), len(stream.outcomes)):
-        other.outcomes[unit] = outcomes[unit]
-    assert other.select() == stream.select()
+    assert all(world.outcomes[n // world.size][n % world.size] == PASSED for n in s.accepted)
 
 
 @given(worlds())
 def test_what_lies_beyond_the_cut_changes_nothing(world):
-    stream, outcomes = world
-    complete(stream, outcomes)
-    everything = Stream(stream.quota, stream.max_units, stream.unit_size, dict(enumerate(outcomes)))
-    everything.outcomes[stream.max_units] = [PASSED] * stream.unit_size  # left by a build with more attempts
-    assert everything.needed() == []
-    assert everything.select() == stream.select()
-
-
-def finished(stream: Stream, outcomes: list[list[str]]) -> Selection:
-    complete(stream, outcomes)
-    return stream.select()
+    stream, _ = world.complete()
+    everything = world.stream(*range(len(world.outcomes)))
+    everything.learn(len(world.outcomes), [PASSED] * world.size, "left by a build with more attempts")
+    assert list(everything.needed()) == []
+    assert facts(everything) == facts(stream)
 
 
 @given(worlds())
 def test_loosening_never_asks_for_more_and_never_delivers_less(world):
-    stream, outcomes = world
-    loose = [[PASSED if o == "clip.margin" else o for o in unit] for unit in outcomes]
-    before = finished(stream, outcomes)
-    after = finished(Stream(stream.quota, stream.max_units, stream.unit_size), loose)
+    loose = [[PASSED if o == "clip.margin" else o for o in unit] for unit in world.outcomes]
+    before = world.complete()[0].select()
+    after = World(world.quota, world.size, loose).complete()[0].select()
     assert after.units <= before.units
     assert len(after.accepted) >= len(before.accepted)
     assert after.missing <= before.missing
@@ -147,19 +245,24 @@ def test_loosening_never_asks_for_more_and_never_delivers_less(world):
 
 @given(worlds(), st.integers(1, 5))
 def test_a_larger_quota_keeps_what_was_accepted(world, more):
-    stream, outcomes = world
-    before = finished(stream, outcomes)
-    after = finished(Stream(stream.quota + more, stream.max_units, stream.unit_size), outcomes)
-    assert after.accepted[: len(before.accepted)] == before.accepted
+    before = world.complete()[0].select()
+    after = World(world.quota + more, world.size, world.outcomes).complete()[0].select()
+    assert after.accepted[: len(before.accepted)].tolist() == before.accepted.tolist()
 
 
 def test_an_unknown_unit_leaves_a_selection_open():
-    stream = Stream(quota=3, max_units=4, unit_size=2, outcomes={1: [PASSED, FAILED]})
+    stream = World(3, 2, [[], [PASSED, FAILED], [], []]).stream(1)
     selection = stream.select()
     assert not selection.final
-    assert selection.unknown == (0, 2, 3)
+    assert (selection.unknown, selection.certain) == (3, 0)
     assert not selection.exhausted  # there is still hope
-    assert stream.needed() == [0]  # units 0 and 1 may hold all three
+    assert list(stream.needed()) == [0]  # units 0 and 1 may hold all three
+
+
+def test_rules_without_end_are_a_mistake_in_their_names():
+    stream = Stream(quota=1, max_units=1, unit_size=2**16)
+    with pytest.raises(UserError, match="more than 65536 rules, such as 'margin of"):
+        stream.learn(0, [f"margin of {place}" for place in range(2**16)], "")
 
 
 @given(
