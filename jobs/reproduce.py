@@ -27,7 +27,7 @@ def reproduce(
 
     store = Store(uri)
     manifest = named(store, build)
-    plan = replan(store, manifest)
+    plan = replan(store, manifest.build_id)
     row = find(store, manifest, plan, key)
     worker = Worker(plan, uri)
     image = worker.remake(row["stream"], row["index"])

@@ -81,6 +81,13 @@ class Lease:
                 f" {_who(self._holder(newest))}; wait for its end, or stop it"
             )
 
+    def told(self) -> str | None:
+        """Who took it last and has not let go, whether alive or not."""
+        newest = self.newest()
+        if not newest or self._read(newest) == RELEASED:
+            return None
+        return _who(self._holder(newest))
+
     def check(self) -> None:
         """Raise `Busy` when another run has taken over."""
         if self._lost.is_set():

@@ -158,17 +158,17 @@ def named(store: Store, build_id: str | None = None) -> Manifest:
         raise UserError(f"{store.uri}: no complete build {build_id!r}; builds there: {known}") from None
 
 
-def replan(store: Store, manifest: Manifest) -> Plan:
-    """The plan of a complete build, from what is kept with it. Raises `UserError` when it cannot be had."""
-    folder = f"builds/{manifest.build_id}"
+def replan(store: Store, build_id: str) -> Plan:
+    """The plan of a build, from what is kept with it. Raises `UserError` when it cannot be had."""
+    folder = f"builds/{build_id}"
     content = yaml.safe_load(store.get(f"{folder}/config.yaml"))
     lock = Lock.from_bytes(store.get(f"{folder}/references.lock"), f"{store.uri}/{folder}/references.lock")
     if content.get("references"):
         content["references"]["uri"] = "kept-in-the-store"
     plan = make_plan(parse({**content, "output": store.uri}, f"{folder}/config.yaml"), lock)
-    if plan.build_id != manifest.build_id:
+    if plan.build_id != build_id:
         raise UserError(
-            f"build {manifest.build_id} was made with other models or methods than the ones here, which would"
+            f"build {build_id} was made with other models or methods than the ones here, which would"
             f" make {plan.build_id}; use the seedloom and model versions of that build"
         )
     return plan

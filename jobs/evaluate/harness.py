@@ -189,7 +189,7 @@ def make(arms: Sequence[Arm], output: str, run: Mapping[str, Any]) -> dict[str, 
         record = f"{result.folder}/run.json"
         seconds = unseal(store.get(record), f"{output}/{record}")["seconds"]
         built = Built(
-            arm, result.manifest, replan(store, result.manifest), result.made,
+            arm, result.manifest, replan(store, result.manifest.build_id), result.made,
             sum(value for name, value in seconds.items() if name != "start"), seconds,
         )  # fmt: skip
         done[arm.name] = built

@@ -34,7 +34,7 @@ def report(
         raise UserError(f"--pages {pages!r}: allowed are all, or a whole number from 1 up")
     store = Store(uri)
     manifest = named(store, build)
-    plan = replan(store, manifest)
+    plan = replan(store, manifest.build_id)
     gathered = gather(store, plan, None if pages == "all" else int(pages))
     possible = max(1, -(-gathered.total // CARDS))
     written = possible if pages == "all" else min(int(pages), possible)

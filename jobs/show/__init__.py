@@ -48,7 +48,7 @@ def show(
         raise UserError("--subspace and --trajectory are two pictures: give one of them")
     store = Store(uri)
     manifest = named(store, build)
-    plan = replan(store, manifest)
+    plan = replan(store, manifest.build_id)
     if subspace is not None:
         picture = plane(plan, uri, subspace, points)
     elif trajectory is not None:

@@ -321,7 +321,7 @@ def test_show_draws_a_plane_through_the_seeds_of_a_class(seedloom, output, tmp_p
     shown = seedloom("show", output, "--subspace", "gear", "--points", 3, "--out", tmp_path / "plane.png")
     assert shown.code == 0, shown.err
     store = Store(str(output))
-    plan = replan(store, named(store))
+    plan = replan(store, named(store).build_id)
     worker = Worker(plan, str(output))
     stream = next(s for s in plan.streams if s.label == "gear")
     z_CHW = cog(worker.materials(stream.id).seeds.z_KCHW[:3])
@@ -338,7 +338,7 @@ def test_show_draws_a_plane_through_the_seeds_of_a_class(seedloom, output, tmp_p
 def test_status_shows_history_and_sums(seedloom, built, output):
     facts = json.loads(seedloom("status", output, "--json").out)
     (entry,) = facts["history"]
-    assert facts["unfinished"] == []
+    assert facts["unfinished"] == {}
     assert facts["manifest"]["build_id"] == entry["build_id"]
     (output / "builds" / "half").mkdir()
     told = seedloom("status", output).out

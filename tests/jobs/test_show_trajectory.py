@@ -38,13 +38,13 @@ def output(tmp_path_factory, drawings, tangram):
 
 def gathered(output, target, count):
     store = Store(str(output))
-    return gather(store, replan(store, named(store)), target, count)
+    return gather(store, replan(store, named(store).build_id), target, count)
 
 
 def test_what_is_drawn_of_a_candidate_is_what_its_row_says(output, drawings):
     (first, second) = gathered(output, "gear -> circle", 2)
     store = Store(str(output))
-    (stream,) = (s for s in replan(store, named(store)).streams if s.target == "gear -> circle")
+    (stream,) = (s for s in replan(store, named(store).build_id).streams if s.target == "gear -> circle")
     rows = pq.read_table(output / "parts" / stream.id / "000000.parquet").to_pylist()
     origins = {r.sha256: r.origin for r in stream.sources}
     for shown, row in zip((first, second), rows, strict=False):

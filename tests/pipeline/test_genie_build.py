@@ -42,7 +42,7 @@ class Built:
     def __init__(self, folder: Path, result):
         self.result, self.output = result, folder / "out"
         self.store = Store(str(self.output))
-        self.plan = replan(self.store, result.manifest)
+        self.plan = replan(self.store, result.manifest.build_id)
         self.streams = {stream.target: stream for stream in self.plan.streams}
         self.rows = defaultdict(list)  # target → rows of its parts, in the order of candidates
         for stream in self.plan.streams:

@@ -323,7 +323,7 @@ def test_a_build_moves_each_seed_along_the_direction_of_its_class(tmp_path, refe
     ended = seedloom("build", path)
     assert ended.code in (0, 3), ended.err
     store = Store(str(tmp_path / "out"))
-    plan = replan(store, named(store, None))
+    plan = replan(store, named(store, None).build_id)
     moved = {}
     for stream in plan.streams:
         artifact = read_tensors(store, artifact_name(stream.artifacts["combine"]))

@@ -187,7 +187,7 @@ def test_a_build_takes_each_seed_through_the_network_and_another_file_is_another
     )
     assert seedloom("build", path).code in (0, 3)
     store, network = Store(str(tmp_path / "out")), random_network(0, 1024)
-    plan = replan(store, named(store, None))
+    plan = replan(store, named(store, None).build_id)
     (stream,) = plan.streams
     seeds = load_seeds(store, stream)
     place = {reference.sha256: k for k, reference in enumerate(seeds.references)}
