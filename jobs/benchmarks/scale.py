@@ -436,7 +436,7 @@ def describe(facts: dict[str, Any]) -> str:
             f" {last['imports_mb']:.0f} are there after imports, target {TARGETS['peak_mb']:g} MB"
             f" {_met(peak < TARGETS['peak_mb'])}.",
         ]
-    rows = [
+    lines = [
         (
             str(d["devices"]), f"{d['unit_seconds']:g}", str(d["units"]), f"{d['busy_share']:.1%}",
             _met(d["busy_share"] >= TARGETS["busy"]), f"{d['units'] / d['seconds']:.1f}",
@@ -444,12 +444,12 @@ def describe(facts: dict[str, Any]) -> str:
         )
         for d in facts["devices"]
     ]  # fmt: skip
-    if rows:
+    if lines:
         heads = (
             "devices", "s a unit", "units", "busy", f"target {TARGETS['busy']:.0%}", "units/s",
             "driver CPU ms a unit", "start s", "driver peak MB",
         )  # fmt: skip
-        sections.append(table(heads, rows))
+        sections.append(table(heads, lines))
     libraries = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     sections.append(
         f"A call of the store takes {facts['latency'] * 1000:g} ms; units of {facts['unit']};"
