@@ -36,6 +36,7 @@ from schemas.ids import fingerprint, sha256
 RECEIPTS = 256  # in a segment of level 0
 SECONDS = 10.0  # after which it is written with fewer
 FAN = 16
+BACKLOG = 8  # segments that wait to be written; with more, receipts wait as well
 AT_ONCE = 2**16  # rows that streams are told of together, at least
 LOOKS = 3  # at a folder, while another build merges there
 _MOST_UNITS = 2**40  # of a stream
@@ -121,7 +122,7 @@ class Index:
         new.append((self._scopes[stream], unit, environment, outcomes))
         if len(new) >= RECEIPTS or time.monotonic() - self._since > SECONDS:
             self._write_all()
-        while self._writing and self._writing[0].done():
+        while self._writing and (self._writing[0].done() or len(self._writing) > BACKLOG):
             self._writing.popleft().result()
 
     def forget(self, units: Iterable[tuple[str, int]]) -> None:
