@@ -17,9 +17,9 @@ from schemas.manifest import Manifest
 
 BOOKKEEPING = {
     "candidates": 10**7, "units": 625_000, "streams": 1000, "units_made": 593_750, "plan_seconds": 1.0,
-    "make_seconds": 30.0, "make_cpu_seconds": 20.0, "replan_seconds": 1.0, "learn_seconds": 2.0, "pack_seconds": 1.0,
-    "survey_seconds": 3.0, "segments": 21, "index_mb": 2.0, "imports_mb": 600.0, "make_peak_mb": 900.0,
-    "resume_peak_mb": 900.0, "peak_mb": 950.0,
+    "make_seconds": 30.0, "make_cpu_seconds": 20.0, "replan_seconds": 1.0, "learn_seconds": 2.0,
+    "pack_seconds": 1.0, "survey_seconds": 3.0, "segments": 21, "index_mb": 2.0, "imports_mb": 600.0,
+    "make_peak_mb": 900.0, "resume_peak_mb": 900.0, "peak_mb": 950.0,
 }  # fmt: skip
 DEVICES = {
     "devices": 64, "unit_seconds": 4.0, "units": 1280, "busy_share": 0.95, "seconds": 80.0,
