@@ -13,6 +13,7 @@ from jobs.benchmarks.minority import minority
 from jobs.benchmarks.nao import nao
 from jobs.benchmarks.overhead import overhead
 from jobs.benchmarks.peer import peer
+from jobs.benchmarks.scale import scale
 from jobs.benchmarks.seedselect import seedselect
 from jobs.benchmarks.shards import shards
 from jobs.entry import guarded
@@ -53,6 +54,7 @@ benchmarks.command("minority")(minority)
 benchmarks.command("inversion")(inversion)
 benchmarks.command("shards")(shards)
 benchmarks.command("peer")(peer)
+benchmarks.command("scale")(scale)
 benchmarks.command("all")(everything)
 app.add_typer(benchmarks, name="benchmark")
 app.add_typer(evaluations, name="evaluate")

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, reduce
 from typing import Any
+
+import numpy as np
 
 from pipeline import pack, parts
 from pipeline.batches import decided, undecided
@@ -59,7 +61,7 @@ class State:
     """What the store holds for a plan."""
 
     streams: dict[str, Stream]
-    generated: dict[str, list[int]]  # stream → units whose part exists, scored or not
+    generated: dict[str, np.ndarray]  # stream → units whose part exists, scored or not, ascending
 
     def selections(self) -> dict[str, Selection]:
         return {name: stream.select() for name, stream in self.streams.items()}
@@ -96,17 +98,21 @@ def survey(store: Store, plan: Plan, say: Callable[[str], None]) -> State:
     state = State(blank(plan), {})
     Index(store, plan, say).teach(state.streams)
 
-    def look(stream: StreamPlan) -> tuple[list[int], set[int]]:
+    def look(stream: StreamPlan) -> tuple[np.ndarray, np.ndarray]:
         folders = [f"parts/{stream.id}", *(f"scores/{stream.id}/{f.id}" for f in stream.filters)]
-        found = [{int(name.removesuffix(".parquet")) for name in store.list(folder)} for folder in folders]
-        return sorted(found[0]), set.intersection(*found)
+        units = [
+            np.array(sorted(int(name.removesuffix(".parquet")) for name in store.list(folder)), np.int64)
+            for folder in folders
+        ]
+        return units[0], reduce(np.intersect1d, units)
 
     unread: list[tuple[StreamPlan, int]] = []
     for stream, (parts_there, scored) in zip(plan.streams, side_by_side(look, plan.streams), strict=True):
         known = state.streams[stream.id]
-        if gone := set(known.units()) - scored:
+        if len(gone := np.setdiff1d(known.units(), scored)):
             known.forget(gone)
-        unread += [(stream, n) for n in sorted(scored) if n < stream.max_units and not known.knows(n)]
+        new = np.setdiff1d(scored, known.units())
+        unread += [(stream, unit) for unit in new.tolist() if unit < stream.max_units]
         state.generated[stream.id] = parts_there
     _read(store, state.streams, unread)
     return state

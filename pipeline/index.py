@@ -36,6 +36,8 @@ from schemas.ids import fingerprint, sha256
 RECEIPTS = 256  # in a segment of level 0
 SECONDS = 10.0  # after which it is written with fewer
 FAN = 16
+BACKLOG = 8  # segments that wait to be written; with more, receipts wait as well
+AT_ONCE = 2**16  # rows that streams are told of together, at least
 LOOKS = 3  # at a folder, while another build merges there
 _MOST_UNITS = 2**40  # of a stream
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})\.parquet")
@@ -69,15 +71,21 @@ class Index:
     def teach(self, streams: Mapping[str, Stream]) -> None:
         """Tell the streams all that the index has about them."""
         wanted = pa.array([self._scopes[name] for name in streams], pa.string())
-        found = [
-            table.filter(pc.is_in(table["scope"], wanted))
-            for folder in sorted(set(self._folders.values()))
-            for table in self._segments(folder).values()
-        ]
-        if not sum(table.num_rows for table in found):
+        for folder in sorted(set(self._folders.values())):
+            segments = self._segments(folder)
+            some: list[pa.Table] = []
+            while segments:  # few together, for joining takes memory, and telling takes time for each stream
+                _, table = segments.popitem()
+                some.append(table.filter(pc.is_in(table["scope"], wanted)))
+                if not segments or sum(table.num_rows for table in some) > AT_ONCE:
+                    self._tell(streams, some)
+                    some = []
+        pa.default_memory_pool().release_unused()  # or it keeps the most that it ever needed
+
+    def _tell(self, streams: Mapping[str, Stream], segments: Sequence[pa.Table]) -> None:
+        if not sum(table.num_rows for table in segments):
             return
-        rows = _joined(found)
-        del found
+        rows = _joined(segments)
         scope, environment, outcomes = (rows[name].chunk(0) for name in ("scope", "environment", "outcomes"))
         rule = outcomes.flatten()
         rules, environments = rule.dictionary.to_pylist(), environment.dictionary.to_pylist()
@@ -114,7 +122,7 @@ class Index:
         new.append((self._scopes[stream], unit, environment, outcomes))
         if len(new) >= RECEIPTS or time.monotonic() - self._since > SECONDS:
             self._write_all()
-        while self._writing and self._writing[0].done():
+        while self._writing and (self._writing[0].done() or len(self._writing) > BACKLOG):
             self._writing.popleft().result()
 
     def forget(self, units: Iterable[tuple[str, int]]) -> None:
@@ -145,6 +153,8 @@ class Index:
             merged = _joined([t for t in side_by_side(self._segment, names) if t is not None])
             level += 1
             self._replace(folder, names, level, merged)
+            del merged
+            pa.default_memory_pool().release_unused()
 
     def _remove(self, folder: str, gone: Mapping[str, Sequence[int]]) -> None:
         for name, table in self._segments(folder).items():
@@ -159,9 +169,9 @@ class Index:
         """Data first: while both are there, they say the same."""
         if table.num_rows:
             self._put(folder, level, table)
-        for name in names:
-            self._discard(name)
-            self._there[folder].discard(name)
+        for _ in side_by_side(self._discard, names):
+            pass
+        self._there[folder] -= set(names)
 
     def _discard(self, name: str) -> None:
         with suppress(FileNotFoundError):  # another build may have done so

@@ -50,7 +50,9 @@ def plan_shards(plan: Plan, selections: Mapping[str, Selection]) -> Iterator[Pac
     place_R, unit_P, count_P = (np.concatenate(found) for found in (places, units, counts))
     first_P = np.cumsum(count_P) - count_P  # where the rows of a part begin
 
-    order_P = np.argsort(_hashes(streams, stream_P, unit_P), kind="stable")
+    hashes = b"".join(_hashes(name, found) for name, found in zip(streams, units, strict=True))
+    order_P = np.argsort(np.frombuffer(hashes, "S10"), kind="stable")
+    del places, units, counts, hashes
     end_P = np.cumsum(count_P[order_P])  # where they end when the parts lie in the order of their hashes
     size, step = plan.config.shard.samples, plan.config.shard.samples * plan.config.shard.window
     for number, start in enumerate(range(0, len(place_R), step)):
@@ -70,14 +72,10 @@ def plan_shards(plan: Plan, selections: Mapping[str, Selection]) -> Iterator[Pac
         )
 
 
-def _hashes(streams: Sequence[str], stream_P: np.ndarray, unit_P: np.ndarray) -> np.ndarray:
+def _hashes(stream: str, units: np.ndarray) -> bytes:
     """Of each part the bytes of `fingerprint(["pack", stream, unit])`, written out because they are many."""
-    prefixes = [canonical(["pack", name, 0])[: -len("0]")] for name in streams]
-    digests = (
-        hashlib.sha256(b"%s%d]" % (prefixes[stream], unit)).digest()[:10]
-        for stream, unit in zip(stream_P.tolist(), unit_P.tolist(), strict=True)
-    )
-    return np.frombuffer(b"".join(digests), "S10")
+    prefix = canonical(["pack", stream, 0])[: -len("0]")]
+    return b"".join(hashlib.sha256(b"%s%d]" % (prefix, unit)).digest()[:10] for unit in units.tolist())
 
 
 def shard_name(plan: Plan, name: str, suffix: str) -> str:

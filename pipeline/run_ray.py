@@ -63,6 +63,8 @@ def identity(task: Task) -> Any:
 
 
 class RayRunner:
+    actor: type = _Actor
+
     def __init__(self, plan: Plan, uri: str):
         self.plan, self.uri, self.settings = plan, uri, plan.config.run
         self.restarts = self.retries = 0
@@ -129,7 +131,7 @@ class RayRunner:
             ray.shutdown()
 
     def _seat(self) -> _Seat:
-        actor = ray.remote(**self._options)(_Actor).remote()
+        actor = ray.remote(**self._options)(self.actor).remote()
         return _Seat(actor, actor.setup.remote(self._plan, self.uri))
 
     def _seat_those_of(self, loaded: list[Any]) -> None:
@@ -246,6 +248,7 @@ class RayRunner:
                     seat.tasks.remove(task)
                     seat.alone = False
                     self._fruitless = 0
+                    last_seat.pop(identity(task), None)
                     work.done(task, receipt)
 
 

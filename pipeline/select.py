@@ -127,9 +127,9 @@ class Stream:
         self._cut = self._accepted = 0
         self._look()
 
-    def units(self) -> list[int]:
-        """The known units."""
-        return np.flatnonzero(self._passed != _UNKNOWN).tolist()
+    def units(self) -> np.ndarray:
+        """The known units, ascending."""
+        return np.flatnonzero(self._passed != _UNKNOWN)
 
     def knows(self, unit: int) -> bool:
         return unit < len(self._passed) and bool(self._passed[unit] != _UNKNOWN)
@@ -170,7 +170,8 @@ class Stream:
 
     def forget(self, units: Iterable[int]) -> None:
         """Know nothing of these units any more."""
-        self._passed[[unit for unit in units if unit < len(self._passed)]] = _UNKNOWN
+        lost = np.fromiter(units, np.int64)
+        self._passed[lost[lost < len(self._passed)]] = _UNKNOWN
         self._look()
 
     def needed(self, start: int = 0) -> Iterator[int]:

@@ -43,13 +43,14 @@ PHASES = {
     "prepare": r"artifacts/",
     "generate": r"parts/",
     "score": r"scores/",
+    "index": r"index/",
     "pack": r"builds/.*/shards/",
     "manifest": r"builds/.*/manifest\.json|history/|latest\.json",
 }
 # before: nothing is written yet; torn: the scratch file is, under no name; after: all is, and nobody knows
 MOMENTS = ("before", "torn", "after")
 VICTIMS = ("writer", "driver", "both")
-NTH = {"invert": 3, "prepare": 1, "generate": 40, "score": 40, "pack": 8, "manifest": 1}
+NTH = {"invert": 3, "prepare": 1, "generate": 40, "score": 40, "index": 2, "pack": 8, "manifest": 1}
 SMALL_DISK = 10  # MiB; the build needs more
 LARGE_DISK = 200
 TRIES = 60  # of the command, before a run is given up

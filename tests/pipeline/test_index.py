@@ -222,7 +222,9 @@ def test_a_survey_is_what_parts_and_scores_say(made):
 
     def known() -> dict[str, list]:
         streams = survey(store, plan, print).streams
-        return {n: [s.units(), s.tally(), sorted(s.select().environments)] for n, s in streams.items()}
+        return {
+            n: [s.units().tolist(), s.tally(), sorted(s.select().environments)] for n, s in streams.items()
+        }
 
     before = known()
     segments(path)[0].unlink()
@@ -269,14 +271,14 @@ def told(store: Store, plan) -> dict[str, list]:
     streams, lines = blank(plan), list[str]()
     Index(store, plan, lines.append).teach(streams)
     assert not lines
-    return {n: [s.units(), s.tally(), s.select().environments] for n, s in streams.items()}
+    return {n: [s.units().tolist(), s.tally(), s.select().environments] for n, s in streams.items()}
 
 
 def expected(plan, units: set[tuple[str, int]]) -> dict[str, list]:
     streams = blank(plan)
     for name, unit in sorted(units):
         streams[name].learn(unit, outcomes(unit), f"machine {unit % 3}")
-    return {n: [s.units(), s.tally(), s.select().environments] for n, s in streams.items()}
+    return {n: [s.units().tolist(), s.tally(), s.select().environments] for n, s in streams.items()}
 
 
 def objects(store: Store) -> list[str]:

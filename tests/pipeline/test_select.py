@@ -165,7 +165,7 @@ def test_after_every_receipt_all_is_as_the_definitions_say(case):
         assert list(stream.needed()) == needed(world, known)
         assert stream.pending == len(needed(world, known))
         assert list(stream.needed(2)) == [u for u in needed(world, known) if u >= 2]
-        assert stream.units() == sorted(known)
+        assert stream.units().tolist() == sorted(known)
 
 
 @given(half_known(), st.data())
