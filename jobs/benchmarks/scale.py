@@ -116,9 +116,9 @@ class SlowStore(fsspec.AbstractFileSystem):
         self._wait()
         self.disk.pipe_file(path, value, mode=mode)
 
-    def exists(self, path: str, **options: Any) -> bool:
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
         self._wait()
-        return self.disk.exists(path)
+        return self.disk.info(path)
 
     def rm_file(self, path: str) -> None:
         self._wait()
