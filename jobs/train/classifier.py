@@ -135,7 +135,7 @@ def classifier(
             torch.save(state, out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
     if rank == 0:
-        about = {"build": dataset.manifest.build_id, "model": model, "loss_function": loss}
+        about: dict[str, Any] = {"build": dataset.manifest.build_id, "model": model, "loss_function": loss}
         about["images_per_epoch"] = dataset.images_per_epoch
         (out / "metrics.json").write_text(json.dumps({**history[-1], **about, "history": history}, indent=2))
     if world_size > 1:
