@@ -350,3 +350,38 @@ def test_a_transform_and_a_sampler_of_ones_own(built):
     batch = next(iter(torch.utils.data.DataLoader(dataset, 39, sampler=sampler)))
     assert batch["image"].tolist() == [[64, 64]] * 39
     assert batch["key"] == dataset.table["key"].to_pylist()
+
+
+@pytest.fixture
+def bucket(built, monkeypatch):
+    """The build on an S3 endpoint."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    fs = s3fs.S3FileSystem()
+    fs.mkdir("shapes")
+    for folder in ("builds", "history", "references"):
+        for path in (built / folder).rglob("*"):
+            if path.is_file():
+                fs.pipe_file(f"shapes/{path.relative_to(built)}", path.read_bytes())
+    yield "s3://shapes"
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_workers_read_from_an_object_store(bucket, built, tmp_path):
+    """Its client does not survive the fork of a worker, so each has its own; and nothing is copied twice."""
+    loader = open_dataset(bucket, real=0.5, cache=tmp_path).loader(4, num_workers=2)
+    expected = Counter(keys(open_dataset(str(built), real=0.5).loader(4)))
+    assert Counter(keys(loader)) == expected
+    local = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(keys(loader)) == set(expected)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name in local} == local
