@@ -74,6 +74,10 @@ def open_dataset(
 
     Raises `Damaged`, which names the shard, and `UserError`.
     """
+    if real == 0 and references is not None:
+        raise UserError(
+            f"real: references={references!r} are given, but no share of them; say how many, or 'once'"
+        )
     files = Files(uri, cache)
     manifest = named(files.store, build)
     table = samples(files, manifest, where, damaged)
@@ -121,18 +125,18 @@ def _shares(real: Share | Mapping[str, Share], labels: Sequence[str]) -> dict[in
 
 def _tell_lacks(mixture: epochs.Mixture, labels: Sequence[str]) -> None:
     """Say which classes cannot have the share that was asked for."""
-    synthetic_C, real_C = mixture.synthetic_C, mixture.real_C
-    mixed = {c for c, share in mixture.shares.items() if share > 0} if real_C.any() else set()
+    some_C, real_C = mixture.synthetic_C > 0, mixture.real_C > 0
+    mixed = [c for c, share in mixture.shares.items() if share > 0]
     lacks = {
-        "no real images, so all are synthetic": [c for c in mixed if not real_C[c] and synthetic_C[c]],
-        "no synthetic images, so all are real": [
-            c for c in mixed if mixture.shares[c] < 1 and real_C[c] and not synthetic_C[c]
+        "no real images, so that all are synthetic": [c for c in mixed if some_C[c] and not real_C[c]],
+        "no synthetic images, so that all are real": [
+            c for c in mixed if real_C[c] and not some_C[c] and mixture.shares[c] < 1
         ],
-        "no images": [c for c in range(len(labels)) if not real_C[c] and not synthetic_C[c]],
+        "no images": [c for c in range(len(labels)) if not real_C[c] and not some_C[c]],
     }
     for what, classes in lacks.items():
         if classes:
-            log.warning("%d classes have %s: %s", len(classes), what, ", ".join(labels[c] for c in classes))
+            log.warning("classes with %s: %s", what, ", ".join(labels[c] for c in classes))
 
 
 class BuildDataset(Dataset):
@@ -160,7 +164,8 @@ class BuildDataset(Dataset):
         self.table, self.mixture = table, mixture
         self.rng_seed, self.transform, self.damaged = rng_seed, transform, damaged
         self._files, self._pictures = files, pictures
-        self._bad: set[str] = set()  # files of which one image was damaged
+        self._told: set[str] = set()  # files of which damage was told
+        self._gone: dict[str, Damaged] = {}  # files that cannot be had, which are not asked for again
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -176,8 +181,7 @@ class BuildDataset(Dataset):
         others = np.flatnonzero(label_N == label_N[row])
         for other in np.roll(others, -np.searchsorted(others, row)).tolist():
             try:
-                if self._file(other)[1] not in self._bad:
-                    return self._item(other)
+                return self._item(other)
             except Damaged as error:
                 self._complain(other, error)
         raise Damaged(f"{self._files.uri}: no image of class {self.classes[label_N[row]]!r} can be read")
@@ -248,27 +252,37 @@ class BuildDataset(Dataset):
     def _read(self, row: int) -> bytes:
         """The bytes of an image, compared with its hash; a damaged copy is fetched again, once."""
         files, name, digest = self._file(row)
-        try:
-            if digest is None:
-                return files.store.get(name)
-            while True:
+        if name in self._gone:
+            raise self._gone[name]
+        for again in (files.copied, False):
+            try:
+                if digest is None:
+                    return files.store.get(name)
                 with files.path(name, digest).open("rb", buffering=0) as file:
                     file.seek(self._value(row, "offset"))
                     data = file.read(self._value(row, "length"))
-                if sha256(data) == self._value(row, "image_sha256"):
-                    return data
-                if not files.forget(digest):
-                    break
-        except (FileNotFoundError, NotADirectoryError):
-            raise Damaged(f"{files.uri}/{name}: is missing") from None
+            except (FileNotFoundError, NotADirectoryError):
+                if again:  # another process has just removed a damaged copy
+                    continue
+                raise self._lost(name, Damaged(f"{files.uri}/{name}: is missing")) from None
+            except Damaged as error:
+                raise self._lost(name, error) from None
+            if sha256(data) == self._value(row, "image_sha256"):
+                return data
+            if not (again and files.forget(digest)):
+                break
         key = self._value(row, "key")
         raise Damaged(f"{files.uri}/{name}: damaged ({key} is not the image that was written)")
 
+    def _lost(self, name: str, error: Damaged) -> Damaged:
+        self._gone[name] = error
+        return error
+
     def _complain(self, row: int, error: Damaged) -> None:
         name = self._file(row)[1]
-        if name not in self._bad:
-            self._bad.add(name)
-            log.warning("%s; other images of the class take the place of those that it should hold", error)
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("%s; other images of the class take the place of what is damaged", error)
 
 
 def _to_uint8(image: Image.Image) -> torch.Tensor:
