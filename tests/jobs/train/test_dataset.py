@@ -227,7 +227,7 @@ def rows_of_rest(built_rows, lost: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_is_damaged_when_it_is_read(own, workers, caplog):
-    """One in each shard, which looks whole at opening: one line, or others of the class stand in its place."""
+    """One in each shard, which looks whole at opening: one line, or others of the class take their places."""
     last = {row["shard"]: row for row in rows_of(own).values()}
     for row in last.values():
         flip(shards(own) / f"{row['shard']}.tar", row["offset"] + row["length"] // 2)
