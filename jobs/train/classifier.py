@@ -85,7 +85,7 @@ def classifier(
         uri, build=build, real=_share(real), references=references, transform=augment, rng_seed=rng_seed
     )
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
-    loader = dataset.loader(batch_size, **options)
+    loader = dataset.loader(batch_size, last="drop", **options)  # batch norm needs more than one
     held_out = _held_out(val, dataset.classes, plain)
     own: DataLoader = DataLoader(
         Subset(held_out, range(rank, len(held_out), world_size)), batch_size, **options

@@ -4,8 +4,8 @@
     FOLDER/shards/*.tar         as in the build, byte for byte
     FOLDER/metadata/*.parquet   every column of recipe and scores
 
-`datasets.load_dataset("FOLDER")` reads it with the features of the card, and so does the hub once the folder is
-uploaded there.
+`datasets.load_dataset("FOLDER")` reads it with the features of the card, and so does the hub once the folder
+is uploaded there.
 """
 
 from __future__ import annotations
