@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -36,6 +37,8 @@ log = logging.getLogger("seedloom")
 IN_FLIGHT = 2
 # Seconds between two looks at the cluster.
 LOOK = 3.0
+# Seconds that a cluster which was named has to answer.
+ANSWER = 20.0
 # Seconds after which a start without any worker is remarked on; and that a second try waits for another
 # worker to come up, while nothing else is to be done.
 PATIENCE = 60.0
@@ -565,13 +568,20 @@ def facts_of(plan: Plan, task: Task) -> dict[str, Any]:
 def _connect() -> None:
     """To the cluster of RAY_ADDRESS, as in a Ray job, or to a new instance on this machine."""
     on_term = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise UserError(
-            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; check it, or unset"
-            " it to work on this machine alone"
-        ) from error
+    host, _, port = (address := os.environ.get("RAY_ADDRESS", "")).rpartition(":")
+    until = time.monotonic() + ANSWER
+    while host and "/" not in host and port.isdecimal():  # Ray itself would try for more than five minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); check it, or unset it to"
+                    " work on this machine alone"
+                ) from error
+            time.sleep(1)
+    ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray's own would end this process on the spot
 

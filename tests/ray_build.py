@@ -102,7 +102,7 @@ class Traced(TextToImage):
     """Text-to-image that traces its calls and goes wrong, as told, where it meets certain seeds.
 
     raise: an exception, each time. once: an exception, the first time. kill: the end of the process, each
-    time, unless the file `harmless` lies in the log folder. hang: no end, unless it lies there.
+    time, unless the file `harmless` lies in the log folder. hang: no end. hang once: no end, the first time.
     """
 
     class Config(TextToImage.Config):
@@ -130,8 +130,7 @@ class Traced(TextToImage):
                     raise ArithmeticError("trapped")
                 case "once" if trace(log, "once") == 1:
                     raise ArithmeticError("trapped once")
-                case "hang" if not (log / "harmless").exists():
-                    trace(log, "hang")
+                case "hang" | "hang once" as told if trace(log, "hang") == 1 or told == "hang":
                     threading.Event().wait()
                 case "kill" if not (log / "harmless").exists():
                     trace(log, "kill")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from schemas.errors import UserError
 from tests.ray_build import (  # noqa: F401  fixture
     Driver,
     await_end_of_all,
+    await_that,
     full_config,
     noise_sha256,
     packed,
@@ -263,6 +267,81 @@ def test_a_candidate_that_kills_its_worker_fails_alone(ray_instance, tmp_path, w
     facts = run_json(tmp_path / "out")
     assert facts["restarts"] == len(traced(log, "kill")) > 1
     assert named(Store(str(tmp_path / "out"))).samples == 12
+
+
+@pytest.mark.parametrize("retries", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_worker_that_hangs_is_ended(ray_instance, tmp_path, retries):  # noqa: F811
+    """A unit that hangs once is made by the next worker; one that always does ends the build, in one line."""
+    log = tmp_path / "log"
+    traps = {noise_sha256("circle", "noise", 5): "hang once" if retries else "hang"}
+    run = {"runner": "ray", "workers": 1, "unit_timeout": 5, "retries": retries}
+    path = small_config(tmp_path, log, traps, run=run)
+    if retries:
+        run_build(path)
+        facts = run_json(tmp_path / "out")
+        assert facts["restarts"] == 1
+        assert facts["retries"] >= 1
+        assert named(Store(str(tmp_path / "out"))).samples == 12
+    else:
+        with pytest.raises(UserError, match=r"unit 1 of circle / noise: not done within 5 s \(run.unit_ti"):
+            run_build(path)
+        assert len(set(traced(log, "hang"))) == 2  # it had another chance, with nothing beside it
+
+
+# --- what is to be seen ------------------------------------------------------------------------------------
+
+
+def scraped(build: str) -> dict[str, float]:
+    """What Prometheus would find of a build on the one node: sums over the processes."""
+    import ray
+
+    (node,) = ray.nodes()
+    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics") as answer:
+        lines = [line for line in answer.read().decode().splitlines() if f'build="{build}"' in line]
+    sums: Counter[str] = Counter()
+    for line in lines:
+        name, stage = line.partition("{")[0], re.search(r'stage="(\w+)"', line)
+        sums[f"{name} {stage[1]}" if stage else name] += float(line.rpartition(" ")[2])
+    return sums
+
+
+def test_logs_and_metrics_tell_of_the_build(ray_instance, seedloom, tmp_path):  # noqa: F811
+    breaking = {"method": "tests.ray_build:Breaking", "least": 0.3, "log": str(tmp_path / "log"), "times": 1}
+    traps = {noise_sha256("circle", "noise", 5): "raise"}
+    path = small_config(tmp_path, tmp_path / "log", traps, filter=[breaking])
+    ended = seedloom("build", path, "--json", "--runner", "ray", "--workers", 1)
+    assert ended.code == 0, ended.err
+    manifest = named(Store(str(tmp_path / "out")))
+    (account,) = manifest.targets["circle"].recipes.values()
+
+    lines = [json.loads(line) for line in ended.out.splitlines()]
+    assert {line["build"] for line in lines} == {manifest.build_id}
+    made = {row["index"]: key for key, row in rows(tmp_path / "out").items()}
+    (stream,) = {path.parent.name for path in (tmp_path / "out" / "parts").rglob("*.parquet")}
+    (retried,) = [line for line in lines if line.get("level") == "warning"]
+    assert "ArithmeticError: broken on purpose" in retried["text"]
+    assert (retried["stream"], retried["candidates"][0]) == (stream, made[retried["unit"] * 4])
+    failing = [line for line in lines if line.get("level") == "debug" and line["candidates"] == [made[5]]]
+    assert [line.get("errors") for line in failing] == [{"5": "ArithmeticError: trapped"}, None]
+    assert {(line["stream"], line["unit"]) for line in failing} == {(stream, 1)}
+
+    counts = {
+        "ray_seedloom_accepted": account.accepted,
+        "ray_seedloom_rejected": sum(account.rejected.values()),
+        "ray_seedloom_failed": 1,
+        "ray_seedloom_queue_depth": 0,
+        "ray_seedloom_retries_total": 1,
+    }
+    assert account.failed == 1
+    assert sum(account.rejected.values()) > 0
+
+    def told() -> dict[str, float]:
+        found = scraped(manifest.build_id)
+        stages = {f"ray_seedloom_stage_seconds_total {stage}" for stage in ("generate", "filter", "pack")}
+        return found if all(found.get(n) == v for n, v in counts.items()) and stages <= set(found) else {}
+
+    found = await_that(told, "the metrics", pause=0.5)
+    assert found["ray_seedloom_stage_seconds_total generate"] > 0
 
 
 # --- stopping ----------------------------------------------------------------------------------------------
