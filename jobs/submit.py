@@ -116,7 +116,8 @@ def submit(
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package.zip"
         pack_folder(folder, package, with_house=install or folder == ROOT)
-        job = client.submit_job(
+        job = _send(
+            client,
             entrypoint=shlex.join(command),
             submission_id=f"seedloom-{uuid.uuid4().hex[:12]}",
             runtime_env={"working_dir": str(package), **installed},
@@ -241,6 +242,18 @@ def _client(address: str) -> Any:
             " of the head's port 8265, as http://HEAD:8265"
         ) from error
     return client
+
+
+def _send(client: Any, **job: Any) -> str:
+    """Submit; a cluster that has only just begun may ask for another try. Raises `JobFailed`."""
+    until = time.monotonic() + SILENCE
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except (RuntimeError, OSError) as error:
+            if "try again later" not in str(error) or time.monotonic() > until:
+                raise JobFailed(f"the cluster does not take the job: {str(error).splitlines()[0]}") from error
+        time.sleep(1)
 
 
 def follow(client: Any, job: str) -> Any:

@@ -20,7 +20,7 @@ from pipeline.config import load
 from pipeline.ledger import named
 from pipeline.store import Store
 from schemas.errors import UserError
-from tests.ray_build import await_end_of_all, await_that, run_build, short_folder, small_config
+from tests.ray_build import await_that, ray_cluster, run_build, small_config
 from tests.small_build import make_config, noise_recipe
 
 pytestmark = pytest.mark.timeout(900)
@@ -45,7 +45,7 @@ def project(tmp_path) -> Path:
     (folder / "run.sh").chmod(0o755)
     (folder / ".gitignore").write_text("/out/\n")
     (folder / ".rayignore").write_text("private/\n")
-    (folder / "notes" / ".gitignore").write_text("large.txt\n!kept/large.txt\n")
+    (folder / "notes" / ".gitignore").write_text("large.txt\n!deep/kept/large.txt\n")
     (folder / "loop").symlink_to(folder)
     return folder
 
@@ -155,14 +155,14 @@ def test_the_exit_code_needs_job_and_manifest(tmp_path):
 
 def test_only_a_build_of_this_config_counts(tmp_path):
     first = make_config(tmp_path, recipes={"plain": noise_recipe(batch="auto")})
-    config = load(first)
+    config, hasty, other = load(first), load(first, ["run.retries=9"]), load(first, ["rng_seed=5"])
     run_build(first)
     manifest = named(Store(config.output))
     assert complete(config) == manifest
-    assert complete(load(first, ["rng_seed=5"])) == ""
+    assert complete(other) == ""
     run_build(make_config(tmp_path, rng_seed=5))  # a newer one of another config
     assert complete(config) == manifest
-    assert complete(load(first, ["run.retries=9"])) == manifest  # how it is run is all the same
+    assert complete(hasty) == manifest  # how it is run is all the same
     path = tmp_path / "out" / "builds" / manifest.build_id / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b"circle", b"square"))
     assert "damaged" in complete(config)
@@ -173,25 +173,20 @@ def test_only_a_build_of_this_config_counts(tmp_path):
 
 @pytest.fixture(scope="module")
 def dashboard():
-    """A Ray instance that takes jobs; its nodes have this checkout on their path, as an image would."""
-    import ray
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with short_folder() as folder, pytest.MonkeyPatch.context() as patch:
+    """A Ray cluster that takes jobs; its nodes have this checkout on their path, as an image would."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
         patch.setenv("PYTHONPATH", str(ROOT))
-        ray.init(
-            num_cpus=2,
-            include_dashboard=True,
-            dashboard_port=port,
-            log_to_driver=False,
-            _temp_dir=str(folder),
-        )
-        yield f"http://127.0.0.1:{port}"
-        ray.shutdown()
-        await_end_of_all(folder)
+        with ray_cluster() as (cluster, _):
+            ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+            cluster.add_node(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", **ports)
+            yield f"http://127.0.0.1:{ports['dashboard_port']}"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_jobs_end_as_their_builds_do(dashboard, seedloom, tmp_path):
@@ -231,7 +226,9 @@ def test_who_stops_waiting_leaves_the_job_at_work(dashboard, tmp_path):
         [sys.executable, "-m", "jobs.submit", path, "--address", dashboard, "--no-install", "--wait",
          "--working-dir", tmp_path], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    await_that(lambda: list((log / "places").glob("*")), "the first images of the job")
+    await_that(
+        lambda: list((log / "places").glob("*")) or waiting.poll() is not None, "the first images of the job"
+    )
     waiting.send_signal(signal.SIGINT)
     out, err = waiting.communicate(timeout=60)
     job = re.search(r"job (seedloom-\w+): submitted", out)[1]
