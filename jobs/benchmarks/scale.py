@@ -394,8 +394,8 @@ def _keep_busy(folder: str, devices: int, seconds: float, latency: float) -> dic
         )  # fmt: skip
         try:
             with Runner(plan, "") as runner, Index(store, plan, telemetry.say) as index:
-                while not all(seat.up for seat in runner._seats):
-                    runner._seat_those_of(ray.wait([s.loading for s in runner._seats if not s.up])[0])
+                while not all(seat.up for seat in runner.seats):
+                    runner.seat_those_of(ray.wait([s.loading for s in runner.seats if not s.up])[0])
                 start = time.monotonic() - begin
                 units = Units(plan, blank(plan), index.add, telemetry)
                 telemetry.phase(f"{devices} devices, {seconds:g} s a unit", units.remaining())
