@@ -238,7 +238,8 @@ class RayRunner:
         more = wanted - len(with_device)
         if more > 0:
             self.seats += [self._seat() for _ in range(more)]
-            _tell(logging.INFO, f"{more} workers are starting, {wanted} in all", build=self.plan.build_id)
+            text = f"workers: {wanted}, of which {more} are starting"
+            _tell(logging.INFO, text, build=self.plan.build_id)
         packers = min(packers, self.most_packers) - (len(self.seats) - max(len(with_device), wanted))
         self.seats += [self._seat(device=False) for _ in range(packers)]
         self.workers = max(self.workers, len(with_device), wanted)
@@ -357,8 +358,9 @@ class _Phase:
             self.feed()
             seats = self.runner.seats
             loading = [seat.loading for seat in seats if not seat.up]
-            if not (self.flying or self.again or self.solo or self.ahead) and any(seat.up for seat in seats):
-                return  # there was room, and nothing more to be done
+            self.look_ahead(1)
+            if not self.left() and any(seat.up for seat in seats):
+                return
             ready, _ = ray.wait([*self.flying, *loading], timeout=LOOK)
             self.count()
             self.runner.seat_those_of(ready)
@@ -374,14 +376,20 @@ class _Phase:
             self.looked = time.monotonic()
             runner.look(ray.nodes())
             self.measure()
-        most = max(runner.most, runner.most_packers if self.packing else 0)
-        if len(runner.seats) < most:
-            while self.left() < most and (task := self.take()):
-                self.ahead.append(task)
-        if self.packing and runner.most_packers:
-            runner.fit(0, packers=self.left())
+        devices = sum(seat.device for seat in runner.seats)
+        packers = runner.most_packers if self.packing else 0
+        if packers:
+            self.look_ahead(packers + IN_FLIGHT * devices)
+            runner.fit(0, packers=self.left() - IN_FLIGHT * devices)
         else:
+            if devices < runner.most:
+                self.look_ahead(runner.most)
             runner.fit(max(self.left(), 2 if self.wants_another else 0))
+
+    def look_ahead(self, tasks: int) -> None:
+        """Learn whether so many tasks are left."""
+        while self.left() < tasks and (task := self.take()):
+            self.ahead.append(task)
 
     def left(self) -> int:
         return len(self.flying) + len(self.again) + len(self.solo) + len(self.ahead)

@@ -180,6 +180,13 @@ def test_a_start_that_waits_says_for_what(ray_instance, tmp_path, monkeypatch): 
     assert named(Store(str(tmp_path / "out"))).samples == 12
 
 
+def test_there_are_no_more_workers_than_units(ray_instance, tmp_path):  # noqa: F811
+    """There is room for two, and one unit to make."""
+    target = {"classes": ["circle"], "accepted": 4}
+    run_build(small_config(tmp_path, tmp_path / "log", targets=[target]), runner="ray")
+    assert run_json(tmp_path / "out")["workers"] == 1
+
+
 # --- faults ------------------------------------------------------------------------------------------------
 
 
