@@ -18,7 +18,7 @@ import io
 import re
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
@@ -72,14 +72,14 @@ class Index:
         """Tell the streams all that the index has about them."""
         wanted = pa.array([self._scopes[name] for name in streams], pa.string())
         for folder in sorted(set(self._folders.values())):
-            segments = self._segments(folder)
             some: list[pa.Table] = []
-            while segments:  # few together, for joining takes memory, and telling takes time for each stream
-                _, table = segments.popitem()
+            for _, table in self._segments(folder):
                 some.append(table.filter(pc.is_in(table["scope"], wanted)))
-                if not segments or sum(table.num_rows for table in some) > AT_ONCE:
+                # few together, for joining takes memory; and not one by one, for telling takes time a stream
+                if sum(table.num_rows for table in some) > AT_ONCE:
                     self._tell(streams, some)
                     some = []
+            self._tell(streams, some)
         pa.default_memory_pool().release_unused()  # or it keeps the most that it ever needed
 
     def _tell(self, streams: Mapping[str, Stream], segments: Sequence[pa.Table]) -> None:
@@ -157,7 +157,7 @@ class Index:
             pa.default_memory_pool().release_unused()
 
     def _remove(self, folder: str, gone: Mapping[str, Sequence[int]]) -> None:
-        for name, table in self._segments(folder).items():
+        for name, table in self._segments(folder):
             stay = np.ones(table.num_rows, bool)
             for about, units in gone.items():
                 of_scope = pc.equal(table["scope"], about).to_numpy()
@@ -186,18 +186,21 @@ class Index:
 
     # --- reading -----------------------------------------------------------------------------------------
 
-    def _segments(self, folder: str) -> dict[str, pa.Table]:
-        """All whole segments of a folder."""
-        found: dict[str, pa.Table] = {}
+    def _segments(self, folder: str) -> Iterator[tuple[str, pa.Table]]:
+        """All whole segments of a folder, a few of them in memory."""
+        found: set[str] = set()
+        self._there[folder] = set()
         for _ in range(LOOKS):
             names = [f"{folder}/{n}" for n in self.store.list(folder) if _NAME.fullmatch(n)]
             new = [name for name in names if name not in found and name not in self._damaged]
-            read = dict(zip(new, side_by_side(self._segment, new), strict=True))
-            found |= {name: table for name, table in read.items() if table is not None}
-            if found.keys() | self._damaged >= set(new):
+            tables = side_by_side(self._segment, new, at_once=4)
+            for name, table in zip(new, tables, strict=True):
+                if table is not None:
+                    found.add(name)
+                    self._there[folder].add(name)
+                    yield name, table
+            if found | self._damaged >= set(new):
                 break  # or else one was merged into another since it was listed
-        self._there[folder] = set(found)
-        return found
 
     def _segment(self, name: str) -> pa.Table | None:
         """The rows of a segment; None when it is gone, or damaged, which is said."""

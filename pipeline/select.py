@@ -67,7 +67,7 @@ def _whole(shares: Mapping[str, float]) -> dict[str, int]:
 class Selection:
     """What a stream contributes, and an account of each candidate that was looked at."""
 
-    accepted: np.ndarray  # the numbers of the candidates, ascending
+    accepted: np.ndarray  # the numbers of the candidates, ascending, in four bytes each
     units: int  # units looked at: 0 … units - 1
     candidates: int
     rejected: Mapping[str, int]  # rule → count
@@ -194,7 +194,7 @@ class Stream:
         known = self._passed[:units] != _UNKNOWN
         outcomes, looked_at = self._outcomes[:units], int(known.sum())
         passed = np.flatnonzero((outcomes == _PASSED) & known[:, None])
-        accepted = passed[: self.quota]
+        accepted = passed[: self.quota].astype(np.uint32)
         counts = np.bincount(outcomes[known].ravel(), minlength=len(self._rules))
         rejected = {self._rules[n]: int(counts[n]) for n in range(_FAILED + 1, len(self._rules)) if counts[n]}
         first_unknown = len(known) if known.all() else int(np.argmin(known))

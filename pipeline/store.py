@@ -60,11 +60,13 @@ SCRATCH_SECONDS = 24 * 3600
 THREADS = 32  # that wait for a store, side by side
 
 
-def side_by_side(call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The results of calls that mostly wait for a store, in the order of the items."""
+def side_by_side(
+    call: Callable[[Item], Result], items: Iterable[Item], at_once: int = 64 * THREADS
+) -> Iterator[Result]:
+    """The results of calls that mostly wait for a store, in the order of the items; so many are kept."""
     rest = iter(items)
     with ThreadPoolExecutor(THREADS) as threads:
-        while some := list(islice(rest, 64 * THREADS)):
+        while some := list(islice(rest, at_once)):
             yield from threads.map(call, some)
 
 

@@ -18,6 +18,8 @@ the driver or for Ray.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import random
@@ -385,22 +387,24 @@ def _keep_busy(folder: str, devices: int, seconds: float, latency: float) -> dic
     SlowStore.latency = latency
     store, plan = resolve(_config(folder, 4 * devices * rounds * UNIT))
     telemetry, begin = PlainLines(), time.monotonic()
-    ray.init(
-        num_gpus=devices, num_cpus=1, include_dashboard=False, log_to_driver=False,
-        logging_level=logging.ERROR, object_store_memory=100 * 2**20, _temp_dir=f"{folder}/ray",
-    )  # fmt: skip
-    try:
-        with Runner(plan, "") as runner, Index(store, plan, telemetry.say) as index:
-            while not all(seat.up for seat in runner._seats):
-                runner._seat_those_of(ray.wait([s.loading for s in runner._seats if not s.up])[0])
-            start = time.monotonic() - begin
-            units = Units(plan, blank(plan), index.add, telemetry)
-            telemetry.phase(f"{devices} devices, {seconds:g} s a unit", units.remaining())
-            begin, cpu = time.monotonic(), time.process_time()
-            runner.run(_Some(units, devices * rounds))
-            wall, cpu = time.monotonic() - begin, time.process_time() - cpu
-    finally:
-        ray.shutdown()
+    # Ray prints that it wonders at so many actors on so few cores
+    with contextlib.redirect_stdout(io.StringIO()):
+        ray.init(
+            num_gpus=devices, num_cpus=1, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.ERROR, object_store_memory=100 * 2**20, _temp_dir=f"{folder}/ray",
+        )  # fmt: skip
+        try:
+            with Runner(plan, "") as runner, Index(store, plan, telemetry.say) as index:
+                while not all(seat.up for seat in runner._seats):
+                    runner._seat_those_of(ray.wait([s.loading for s in runner._seats if not s.up])[0])
+                start = time.monotonic() - begin
+                units = Units(plan, blank(plan), index.add, telemetry)
+                telemetry.phase(f"{devices} devices, {seconds:g} s a unit", units.remaining())
+                begin, cpu = time.monotonic(), time.process_time()
+                runner.run(_Some(units, devices * rounds))
+                wall, cpu = time.monotonic() - begin, time.process_time() - cpu
+        finally:
+            ray.shutdown()
     assert units.generated == devices * rounds
     return {
         "devices": devices, "unit_seconds": seconds, "units": units.generated,
