@@ -19,6 +19,7 @@ from jobs.benchmarks.shards import shards
 from jobs.entry import guarded
 from jobs.evaluate import evaluations
 from jobs.report import report
+from jobs.train.export import export
 from jobs.train_tangram import train_tangram
 from jobs.train_traversal import train_traversal
 
@@ -40,6 +41,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("diff")(diff.diff)
 app.command("prune")(prune.prune)
 app.command("schedule")(schedule.schedule)
+app.command("export")(export)
 app.command("schema")(schema.schema)
 app.command("train-tangram")(train_tangram)
 app.command("train-traversal")(train_traversal)

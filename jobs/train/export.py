@@ -1,0 +1,156 @@
+"""`seedloom export URI FOLDER`: a build as a dataset folder that others can load, with its card.
+
+    FOLDER/README.md            the card: licence, task, classes, features, how the images were made
+    FOLDER/shards/*.tar         as in the build, byte for byte
+    FOLDER/metadata/*.parquet   every column of recipe and scores
+
+`datasets.load_dataset("FOLDER")` reads it with the features of the card, and so does the hub once the folder
+is uploaded there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.options import BuildId, Uri
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
+    from schemas.manifest import Manifest
+
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")  # the hub's
+
+
+def export(
+    uri: Uri,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    license: Annotated[
+        str, typer.Option(help="Of the images, in the hub's spelling: cc-by-4.0, openrail, other, …")
+    ],
+    license_name: Annotated[str | None, typer.Option(help="Of a licence that is `other`.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Where its text is.")] = None,
+    build: BuildId = None,
+) -> None:
+    """Copy the shards of a build into a new folder, with a dataset card."""
+    from pipeline.ledger import named
+    from pipeline.store import Store
+    from schemas.errors import Damaged, UserError
+    from schemas.ids import sha256
+
+    if (license == "other") != (license_name is not None):
+        raise UserError("--license other needs --license-name, and no other licence has it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not empty; give a new folder")
+    store = Store(uri)
+    manifest = named(store, build)
+    if not manifest.shards:
+        raise UserError(f"{uri}: build {manifest.build_id} has no samples to export")
+    about = {"license": license, "license_name": license_name, "license_link": license_link}
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        for shard in manifest.shards:
+            for kind, suffix, digest in (
+                ("shards", "tar", shard.tar_sha256),
+                ("metadata", "parquet", shard.parquet_sha256),
+            ):
+                name = f"builds/{manifest.build_id}/shards/{shard.name}.{suffix}"
+                try:
+                    data = store.get(name)
+                except FileNotFoundError:
+                    raise Damaged(f"{uri}/{name}: is missing") from None
+                if sha256(data) != digest:
+                    raise Damaged(f"{uri}/{name}: damaged (its hash is not the one in the manifest)")
+                target = aside / kind / f"{shard.name}.{suffix}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+        (aside / "README.md").write_text(card(store, manifest, {k: v for k, v in about.items() if v}))
+        if folder.exists():
+            folder.rmdir()
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{folder}/README.md\n{folder}/shards  {len(manifest.shards)} shards, {manifest.samples} samples")
+
+
+def card(store: Store, manifest: Manifest, about: dict[str, Any]) -> str:
+    """The dataset card: what programs read, as YAML, and what people read."""
+    from datasets.info import DatasetInfo, DatasetInfosDict
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCardData
+
+    data = DatasetCardData(
+        **about,
+        pretty_name=manifest.name,
+        task_categories=["image-classification", "text-to-image"],
+        size_categories=[SIZES[max(0, len(str(manifest.samples)) - 3)]],
+        annotations_creators=["machine-generated"],
+        tags=["synthetic", "webdataset", "seedloom"],
+    )
+    features = _features(store, manifest)
+    DatasetInfosDict({"default": DatasetInfo(features=features)}).to_dataset_card_data(data)
+    files = [{"split": "train", "path": "shards/*.tar"}]
+    MetadataConfigs({"default": {"data_files": files, "default": True}}).to_dataset_card_data(data)
+    rows = [
+        f"| {target.label} | {target.class_index} | {name} | {recipe.accepted} | {target.prompt} |"
+        for target in manifest.targets.values()
+        for name, recipe in target.recipes.items()
+    ]
+    models = [f"- {name}: {version}" for name, version in manifest.models.items()]
+    return "\n".join(
+        [
+            "---",
+            str(data),
+            "---",
+            "",
+            f"# {manifest.name}",
+            "",
+            f"{manifest.samples} images of {len(manifest.classes)} classes. All of them were generated by a"
+            " diffusion model from the prompts below; what a recipe accepted was kept by its filters.",
+            "",
+            "| class | index | recipe | images | prompt |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            "`shards/` are WebDataset tars (image, `cls`: class index, `txt`: prompt, `json`: where it comes"
+            " from); `metadata/` has a row for each image, with its recipe, parents and scores.",
+            "",
+            f"Made by seedloom, build `{manifest.build_id}`, with these models, by their fingerprints:",
+            "",
+            *models,
+            "",
+        ]
+    )
+
+
+def _features(store: Store, manifest: Manifest) -> Any:
+    """What `datasets` finds in the shards, with names for the classes."""
+    from datasets import ClassLabel, Features, Image, Value
+
+    from pipeline.parts import read_table
+
+    first = f"builds/{manifest.build_id}/shards/{manifest.shards[0].name}.parquet"
+    extension = read_table(store, first, ["member"])["member"][0].as_py().rpartition(".")[2]
+    text, number = Value("string"), Value("int64")
+    origin = {"class": text, "image_sha256": text, "index": number, "recipe": text, "stream": text}
+    return Features(
+        {
+            "__key__": text,
+            "__url__": text,
+            extension: Image(),
+            "cls": ClassLabel(names=list(manifest.classes)),
+            "txt": text,
+            "json": origin | {"unit": number},
+        }
+    )
+
+
+if __name__ == "__main__":
+    from jobs.entry import run
+
+    run(export)
