@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.plan import Plan
-from pipeline.tasks import Receipt, Task, UnitTask, Work
+from pipeline.tasks import Receipt, Suspects, Task, UnitTask, Work
 from schemas.errors import UserError
 
 log = logging.getLogger("seedloom")
@@ -248,7 +248,8 @@ class RayRunner:
                     seat.tasks.remove(task)
                     seat.alone = False
                     self._fruitless = 0
-                    last_seat.pop(identity(task), None)
+                    if not isinstance(receipt, Suspects):
+                        last_seat.pop(identity(task), None)
                     work.done(task, receipt)
 
 
