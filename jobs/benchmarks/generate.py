@@ -150,7 +150,7 @@ def _case(
     if batch > 1:
         ways[ONE] = lambda: [draw(z_1CHW) for z_1CHW in z_BCHW.split(1)]
     turns = take_turns(ways, runs, device)
-    call, decoding = work(ours)
+    call, decoding = work(plain)  # what is compiled hides its operations from the counter
     image = case.steps * (1 if case.guidance == 1 else 2) * call + decoding
     return {
         "model": case.model,

@@ -11,6 +11,7 @@ Shape letters: B batch, C H W latent, h w image, L D text tokens and width, P po
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -139,6 +140,8 @@ def compile_networks(*networks: torch.nn.Module) -> None:
     import torch._dynamo
     import torch._inductor.config
 
+    # of diffusers' own questions after the version of torch, twenty lines a worker, nothing to act on
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
     torch._inductor.config.deterministic = True
     torch._dynamo.config.recompile_limit = 64  # sizes of a batch, with and without gradient
     for network in networks:
