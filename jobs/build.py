@@ -28,12 +28,13 @@ def build(
     settings += [f"run.workers={workers}"] if workers else []
     from pipeline.build import build as run_build
     from pipeline.config import load
-    from pipeline.telemetry import telemetry
+    from pipeline.telemetry import logged, telemetry
 
     config = load(file, settings)
     screen = telemetry("json" if json else "auto")
     try:
-        result = run_build(config, screen, make_runner)
+        with logged(screen):
+            result = run_build(config, screen, make_runner)
     finally:
         screen.close()
     report(result, config.output, "json" if json else "text")

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from jobs import build, diff, init, pack, plan, prune, reproduce, schedule, schema, show, status, verify
+from jobs import (
+    build,
+    diff,
+    init,
+    pack,
+    plan,
+    prune,
+    reproduce,
+    schedule,
+    schema,
+    show,
+    status,
+    submit,
+    verify,
+)
 from jobs.benchmarks.everything import everything
 from jobs.benchmarks.generate import generate
 from jobs.benchmarks.genie import genie
@@ -32,6 +46,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("build")(build.build)
+app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("verify")(verify.verify)
 app.command("pack")(pack.pack)

@@ -140,6 +140,8 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
     seconds: dict[str, float] = {}
     lease = lease_of(store, plan)
     lease.demand_free()
+    runner = make_runner(plan, config.output)
+    telemetry = runner.watch(telemetry)
     streams = blank(plan)
     index = Index(store, plan, telemetry.say)
     index.teach(streams)
@@ -153,8 +155,8 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
 
     with contextlib.ExitStack() as held:
         try:
-            telemetry.say(f"build {plan.build_id}: starting workers")
-            runner = make_runner(plan, config.output)
+            telemetry.say(f"build {plan.build_id}: starting workers", build=plan.build_id)
+            runner.expected = units.remaining()
             timed("start", runner.__enter__)
             try:
                 # the workers are up, so models and config agree: from here on things are written
@@ -177,10 +179,10 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
                 " go on"
             ) from None
         manifest = write_manifest(store, plan, selections, seeds, shards)
-        busy = seconds.get("generate", 0) * runner.workers
+        available = runner.worker_seconds
         result = Result(
             manifest, plan.build_folder, True, seconds, units.generated,
-            round(units.busy_seconds / busy, 4) if busy else None,
+            round(units.busy_seconds / available, 4) if available else None,
         )  # fmt: skip
         _write_run(store, plan, result, runner, started)
     return result
@@ -193,9 +195,9 @@ def _generate_and_pack(
     plan, streams, telemetry = units.plan, units.streams, units.telemetry
     outdated: set[tuple[str, int]] = set()
     while True:
+        telemetry.tallies(tallies(plan.streams, streams))
         if todo := units.remaining():
             telemetry.phase("generate", todo)
-            telemetry.tallies(tallies(plan.streams, streams))
             timed("generate", lambda: run(units))
         selections = {name: stream.select() for name, stream in streams.items()}
         shards, gone = timed("pack", partial(_pack, run, telemetry, plan, selections))
@@ -274,7 +276,9 @@ def _choose_batches(
     streams = undecided(plan)
     telemetry.say(f"batch auto: trying what fits for {', '.join(sorted(streams))}")
     try:
-        with make_runner(plan, plan.config.output) as runner:
+        runner = make_runner(plan, plan.config.output)
+        runner.expected = len(streams)
+        with runner:
             keep(plan.config.references, store, plan.used_references())
             _run_list(runner.run, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
     except KeyboardInterrupt:
@@ -372,8 +376,8 @@ def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started
         "units_generated": result.units,
         "busy_share": result.busy_share,
         "workers": runner.workers,
-        "restarts": getattr(runner, "restarts", 0),
-        "retries": getattr(runner, "retries", 0),
+        "restarts": runner.restarts,
+        "retries": runner.retries,
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "run": plan.config.run.model_dump(mode="json"),

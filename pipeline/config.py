@@ -244,14 +244,33 @@ class Run(Settings):
     workers: Annotated[
         Annotated[int, Field(ge=1)] | Literal["auto"], _or_else("auto, or a whole number from 1 up")
     ] = "auto"
-    """auto: one for each GPU, or for each `threads_per_worker` cores where there is none."""
+    """auto: one for each share of a GPU, or for each `threads_per_worker` cores where there is no GPU; more
+    or fewer when nodes come or go. Never more than there is work for."""
+    device: Literal["auto", "gpu"] = "auto"
+    """auto: the GPUs of the cluster, or its CPUs when it has none as the build starts. gpu: wait for GPUs,
+    where nodes with some are started on demand (set `workers` as well: so many are asked for)."""
     gpus_per_worker: float = Field(default=1, gt=0)
+    """A share of one GPU, or a whole number."""
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of one worker."""
+    cpu_workers: Annotated[
+        Annotated[int, Field(ge=0)] | Literal["auto"], _or_else("auto, or a whole number from 0 up")
+    ] = "auto"
+    """Workers without a GPU that help to pack, where the others have one; auto: one for each core."""
+    labels: dict[
+        str,
+        Annotated[
+            str | Annotated[tuple[str, ...], Field(min_length=1)], _or_else("a label, or a list of them")
+        ],
+    ] = Field(default_factory=dict)
+    """Workers start only on nodes that have one of these labels under each key."""
     heartbeat: float = Field(default=15, gt=0)
     """Seconds between the signs of life of a run; after four without one, another run takes its place."""
     retries: int = Field(default=3, ge=0)
     """How often a unit is tried again after its worker died or an unexpected error."""
+    unit_timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which a worker that has completed nothing is ended and its work is tried again; longer
+    than the slowest inversion, training or unit takes. None: it may take as long as it likes."""
 
 
 class BuildConfig(Settings):

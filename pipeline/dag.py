@@ -32,7 +32,13 @@ from stages.contract import DUMMY, Backbone, Chance, Generated, Material, Models
 
 # Entered for what the device does; what is done with images on the CPU stays outside, so that another thread
 # may have the device meanwhile.
-Computing = Callable[[], AbstractContextManager[None]]
+Computing = Callable[[str], AbstractContextManager[None]]  # for the stage of this name
+
+
+def at_once(stage: str) -> AbstractContextManager[None]:
+    """The device is nobody else's."""
+    return nullcontext()
+
 
 # An image whose values vary less than this (standard deviation, of 255) shows nothing.
 FLAT = 1.0
@@ -86,22 +92,24 @@ class Dag:
         stream: StreamPlan,
         materials: Materials,
         slots: Sequence[int | None],
-        computing: Computing = nullcontext,
+        computing: Computing = at_once,
     ) -> dict[int, Candidate | CandidateFault]:
         """Make the candidates in `slots`, one device batch; None is a dummy. Index → candidate or fault."""
         combinations = [self.combination(stream, materials, i) for i in slots]
         sources = [self.source(stream, i) for i in slots]
         source_B3hw = self._source_images(materials, sources) if stream.sources else None
         sampler = self.generate.sampler()
-        with computing():
+        with computing("combine"):
             seeds = [self.seed(stream, materials, i, c) for i, c in zip(slots, combinations, strict=True)]
             z_BCHW = torch.stack(seeds).to(self.backbone.device)
             combined_norm = [norm_ratio(z_CHW) for z_CHW in seeds]
-            losses: Sequence[Sequence[float]] = [()] * len(slots)
-            if self.refine is not None:
+        losses: Sequence[Sequence[float]] = [()] * len(slots)
+        if self.refine is not None:
+            with computing("refine"):
                 order = self._order("refine", stream, materials, slots, z_BCHW)
                 refined = self.refine(self.backbone, self.models, order, sampler)
                 z_BCHW, losses = refined.z_BCHW, refined.losses
+        with computing("generate"):
             generated = self.draw(stream, materials, slots, z_BCHW, source_B3hw)
             image_B3hw = generated.image_B3hw
             finite_B = torch.isfinite(image_B3hw).flatten(1).all(1)
@@ -266,7 +274,7 @@ def score(
     models: Models,
     encoded: Sequence[bytes | memoryview | None],
     chosen: Any,
-    computing: Computing = nullcontext,
+    computing: Computing = at_once,
 ) -> dict[str, list[float | None]]:
     """Scores of a part's images by one filter, computed on the decoded bytes; None for failed candidates."""
     columns: dict[str, list[float | None]] = {name: [] for name in chosen.columns()}
@@ -278,7 +286,7 @@ def score(
         else:
             blank = torch.zeros(3, size[1], size[0])
             image_B3hw = torch.stack([blank if p is None else images.to_tensor(p, min(size)) for p in pixels])
-            with computing():
+            with computing("filter"):
                 scores = chosen.score(models, image_B3hw, stream.question)
         for name, column in columns.items():
             column += [None if p is None else float(s) for p, s in zip(pixels, scores[name], strict=True)]

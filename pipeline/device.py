@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -23,11 +24,11 @@ class Device:
 
     def reset(self) -> None:
         """Set the clock of this thread to zero."""
-        self._clock.seconds, self._clock.spans = 0.0, []
+        self._clock.seconds, self._clock.spans = Counter[str](), []
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Have the device. On a GPU the work may go on after the end: it is in a queue there."""
+    def computing(self, stage: str) -> Iterator[None]:
+        """Have the device for a stage. On a GPU the work may go on after the end: it is in a queue there."""
         with self._lock:
             # thread-local in torch, and a task may run on any thread
             torch.set_num_threads(self._threads)
@@ -35,7 +36,7 @@ class Device:
                 self.reset()
             if self.torch.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._clock.spans.append((start, end))
+                self._clock.spans.append((stage, start, end))
                 start.record()
                 try:
                     yield
@@ -44,7 +45,7 @@ class Device:
             else:
                 started = time.monotonic()
                 yield
-                self._clock.seconds += time.monotonic() - started
+                self._clock.seconds[stage] += time.monotonic() - started
 
     @contextmanager
     def trying(self, share: float) -> Iterator[None]:
@@ -67,11 +68,11 @@ class Device:
         if self.torch.type == "cuda":
             torch.cuda.empty_cache()
 
-    def seconds(self) -> float:
-        """What the device worked for this thread since its clock was reset."""
-        for start, end in self._clock.spans:
+    def seconds(self) -> Mapping[str, float]:
+        """What the device worked for each stage of this thread since its clock was reset."""
+        for stage, start, end in self._clock.spans:
             end.synchronize()
-            self._clock.seconds += start.elapsed_time(end) / 1000
+            self._clock.seconds[stage] += start.elapsed_time(end) / 1000
         self._clock.spans.clear()
         return self._clock.seconds
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.plan import Plan, StreamPlan
-from pipeline.select import Stream
+from pipeline.select import FAILED, Stream
 from pipeline.tasks import (
     InvertTask,
     ProbeTask,
@@ -18,6 +20,8 @@ from pipeline.tasks import (
     UnitTask,
 )
 from pipeline.telemetry import Tally, Telemetry
+
+log = logging.getLogger("seedloom")
 
 # A candidate that raises something else each time is no candidate's fault.
 MAX_SUSPICIONS = 4
@@ -120,9 +124,13 @@ class Units:
                     f"unit {task.unit} of {self.plan.by_id[task.stream].name} raises another error each time:"
                     f" {dict(receipt.raised)}"
                 )
+            self._say("raised", task, receipt.raised, errors=dict(receipt.raised))
             self._again.append(UnitTask(task.stream, task.unit, dict(receipt.raised), task.killers))
             return
         assert isinstance(receipt, UnitReceipt)
+        if FAILED in receipt.outcomes:
+            first = task.unit * len(receipt.outcomes)
+            self._say("failed", task, [first + i for i, o in enumerate(receipt.outcomes) if o == FAILED])
         stream = self.streams[task.stream]
         before = stream.pending
         stream.learn(task.unit, receipt.outcomes, receipt.environment)
@@ -153,9 +161,26 @@ class Units:
             )
         size = self.plan.by_id[task.stream].unit
         indices = range(task.unit * size, (task.unit + 1) * size)
+        self._say("ended their worker, one of them: each is tried alone", task, indices)
         self._probes[task.stream, task.unit] = dict.fromkeys(indices)
         self._again.extend(ProbeTask(task.stream, task.unit, i) for i in indices)
         self._probing[task.stream, task.unit] = set(indices)
+
+    def _say(self, what: str, task: UnitTask, indices: Iterable[int], **facts: Any) -> None:
+        """Log what became of candidates."""
+        plan = self.plan.by_id[task.stream]
+        log.debug(
+            f"unit {task.unit} of {plan.name}: candidates {what}",
+            extra={
+                "facts": {
+                    "build": self.plan.build_id,
+                    "stream": task.stream,
+                    "unit": task.unit,
+                    "candidates": [plan.key(index) for index in indices],
+                    **facts,
+                }
+            },
+        )
 
     def _probed(self, task: ProbeTask, death: str | None) -> None:
         unit = (task.stream, task.unit)

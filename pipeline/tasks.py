@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.telemetry import Telemetry
 from schemas.records import Reference
 
 
@@ -152,7 +153,15 @@ class Work(Protocol):
 class Runner(Protocol):
     """Carries out work. A context manager: leaving it ends the workers."""
 
-    workers: int
+    expected: int | None  # tasks of the largest phase, if set before entering: so many workers suffice
+    workers: int  # at one time, at most
+    worker_seconds: float  # that workers with their models loaded had for units
+    restarts: int  # of workers
+    retries: int  # of tasks
+
+    def watch(self, telemetry: Telemetry) -> Telemetry:
+        """The telemetry to tell, for one that wants to know how the build goes."""
+        ...
 
     def __enter__(self) -> Runner: ...
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -59,13 +61,45 @@ def telemetry(mode: Literal["auto", "plain", "json"]) -> Telemetry:
     return Bars() if mode == "auto" and sys.stderr.isatty() else PlainLines()
 
 
+@contextmanager
+def logged(telemetry: Telemetry) -> Iterator[None]:
+    """What the pipeline logs is said too: warnings, how many workers there are; as JSON, all of it."""
+    logger, handler = logging.getLogger("seedloom"), _Saying(telemetry)
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG if isinstance(telemetry, JsonLines) else logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+class _Saying(logging.Handler):
+    def __init__(self, telemetry: Telemetry):
+        super().__init__()
+        self._telemetry = telemetry
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts = getattr(record, "facts", {})
+        self._telemetry.say(record.getMessage(), level=record.levelname.lower(), **facts)
+
+
 class JsonLines:
-    """One JSON object a line on standard output."""
+    """One JSON object a line on standard output. All that follow it name the build that a line named."""
+
+    def __init__(self) -> None:
+        self._build: dict[str, str] = {}
 
     def _emit(self, event: str, **facts: Any) -> None:
-        print(json.dumps({"event": event, "time": round(time.time(), 3), **facts}), flush=True)
+        line = {"event": event, "time": round(time.time(), 3), **self._build, **facts}
+        print(json.dumps(line), flush=True)
 
     def say(self, text: str, **facts: Any) -> None:
+        if "build" in facts:
+            self._build = {"build": facts["build"]}
         self._emit("message", text=text, **facts)
 
     def phase(self, name: str, total: int) -> None:

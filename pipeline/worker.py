@@ -77,7 +77,7 @@ class Worker:
     def __init__(self, plan: Plan, uri: str):
         self.plan, self.store = plan, Store(uri)
         self.device = Device(default_device(), plan.config.run.threads_per_worker)
-        with self.device.computing():
+        with self.device.computing("load"):
             self.backbone = load_backbone(plan.config.backbone, self.device.torch)
             self.models = LoadedModels(self.device.torch, self.backbone)
             self._compare_models()
@@ -181,7 +181,7 @@ class Worker:
             shape = (len(stream.references), *self.backbone.latent_shape)
             noise_KCHW = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             seeds = Seeds(stream.references, noise_KCHW, ())
-            with self.device.computing():
+            with self.device.computing("invert"):
                 dag.inverter(stream)(self._images(stream.references[:1]))
                 if "combine" in stream.artifacts:
                     combining = dag.prepare(stream, "combine", self._images, seeds)
@@ -206,7 +206,7 @@ class Worker:
         image_N3hw = self._images(references)
         padding = torch.zeros(stream.batch - len(references), *image_N3hw.shape[1:])
         assert recipe.invert is not None
-        with self.device.computing():
+        with self.device.computing("invert"):
             inverted, refused = invert_typical(
                 method_of("invert", recipe.invert),
                 self.backbone,
@@ -225,7 +225,7 @@ class Worker:
 
     def _prepare(self, stream: StreamPlan, kind: str) -> Receipt:
         dag = self.dags[stream.recipe]
-        with self.device.computing():
+        with self.device.computing("prepare"):
             made = dag.prepare(
                 stream, kind, self._images, self._seeds(stream.id) if kind == "combine" else None
             )
@@ -256,9 +256,8 @@ class Worker:
             self._score(stream, task.unit, f)
         committed = account(self.store, stream, task.unit)
         assert committed is not None  # written above, by this call or by another
-        return UnitReceipt(
-            committed.outcomes, committed.environment, written > 0, self.device.seconds(), written
-        )
+        seconds = sum(self.device.seconds().values())
+        return UnitReceipt(committed.outcomes, committed.environment, written > 0, seconds, written)
 
     def _candidates(
         self, stream: StreamPlan, alive: list[int], batch: list[int] | None = None

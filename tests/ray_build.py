@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +102,7 @@ class Traced(TextToImage):
     """Text-to-image that traces its calls and goes wrong, as told, where it meets certain seeds.
 
     raise: an exception, each time. once: an exception, the first time. kill: the end of the process, each
-    time, unless the file `harmless` lies in the log folder. mistake: what a person must mend.
+    time, unless the file `harmless` lies in the log folder. hang: no end. hang once: no end, the first time.
     """
 
     class Config(TextToImage.Config):
@@ -129,10 +130,32 @@ class Traced(TextToImage):
                     raise ArithmeticError("trapped")
                 case "once" if trace(log, "once") == 1:
                     raise ArithmeticError("trapped once")
+                case "hang" | "hang once" as told if trace(log, "hang") == 1 or told == "hang":
+                    threading.Event().wait()
                 case "kill" if not (log / "harmless").exists():
                     trace(log, "kill")
                     os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(backbone, models, order)
+
+
+class Placed(Traced):
+    """Leaves word of its node and of the GPUs that it sees; having drawn something, it waits for `go`.
+
+    So a test can do what it likes to a cluster in the middle of a build.
+    """
+
+    def __call__(self, backbone: Backbone, models: Models, order: Order) -> Generated:
+        import ray
+
+        log, node = Path(self.config.log), ""
+        if ray.is_initialized():
+            node = ray.get_runtime_context().get_node_id()
+        made = super().__call__(backbone, models, order)
+        place = log / "places" / str(os.getpid())
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(f"{node} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        await_that((log / "go").exists, "the word to go on")
+        return made
 
 
 class Breaking(HashFilter):
@@ -188,6 +211,21 @@ def ray_instance() -> Iterator[str]:
         yield started.address_info["gcs_address"]
         ray.shutdown()
         await_end_of_all(folder)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[tuple[Any, Path]]:
+    """A cluster on this machine that a test adds nodes to, the first of them its head; and its folder."""
+    from ray.cluster_utils import Cluster
+
+    with short_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", str(folder))  # or whoever starts Ray here would join it
+        cluster = Cluster()
+        try:
+            yield cluster, folder
+        finally:
+            cluster.shutdown()
+            await_end_of_all(folder)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("schemas", "stages", "pipeline", "jobs")  # from the ground up
-WITH_RAY = {"pipeline/run_ray.py", "jobs/submit.py"}
+WITH_RAY = {"pipeline/run_ray.py", "pipeline/metrics.py", "jobs/submit.py"}
 
 
 def modules() -> list[Path]:

@@ -41,7 +41,6 @@ from jobs.benchmarks.machine import hardware, versions
 
 if TYPE_CHECKING:
     from pipeline.phases import Units
-    from pipeline.plan import Plan
     from pipeline.tasks import Receipt, Task
 
 CANDIDATES = (10**4, 10**5, 10**6, 10**7)
@@ -335,9 +334,10 @@ def _resume(folder: str, candidates: int, latency: float) -> dict[str, Any]:
 class PretendedDevice:
     """What an actor of the Ray runner is, with a device that sleeps."""
 
-    def setup(self, times: tuple[float, float], uri: str) -> None:
+    def setup(self, times: tuple[float, float], uri: str) -> str:
         self.seconds, self.latency = times
         self._device, self._answers = threading.Lock(), _Answers()
+        return ""  # on no node that could go
 
     def run(self, task: Any) -> Any:
         with self._device:
@@ -379,9 +379,8 @@ def _keep_busy(folder: str, devices: int, seconds: float, latency: float) -> dic
     class Runner(RayRunner):
         actor = importable.PretendedDevice
 
-        def __init__(self, plan: Plan, uri: str):
-            super().__init__(plan, uri)
-            self.plan: Any = (seconds, latency)  # the actors get this instead, or they would import torch
+        def given(self) -> Any:
+            return seconds, latency  # not the plan, or the actors would import torch
 
     rounds = max(ROUNDS, round(20 / seconds))
     SlowStore.latency = latency
@@ -395,8 +394,8 @@ def _keep_busy(folder: str, devices: int, seconds: float, latency: float) -> dic
         )  # fmt: skip
         try:
             with Runner(plan, "") as runner, Index(store, plan, telemetry.say) as index:
-                while not all(seat.up for seat in runner._seats):
-                    runner._seat_those_of(ray.wait([s.loading for s in runner._seats if not s.up])[0])
+                while not all(seat.up for seat in runner.seats):
+                    runner.seat_those_of(ray.wait([s.loading for s in runner.seats if not s.up])[0])
                 start = time.monotonic() - begin
                 units = Units(plan, blank(plan), index.add, telemetry)
                 telemetry.phase(f"{devices} devices, {seconds:g} s a unit", units.remaining())

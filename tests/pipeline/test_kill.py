@@ -92,7 +92,15 @@ def test_a_driver_killed_five_times(undisturbed, references, tmp_path, linger):
     assert packed(output) == expected
 
 
-def test_a_worker_killed_in_the_middle(undisturbed, references, tmp_path):
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        # what a machine that is to be taken away sends first: the worker abandons its units
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_worker_killed_in_the_middle(undisturbed, references, tmp_path, how):
     log, expected = undisturbed
     output = tmp_path / "out"
     path = full_config(tmp_path, references, log, trap="raise", run=RAY)
@@ -100,7 +108,7 @@ def test_a_worker_killed_in_the_middle(undisturbed, references, tmp_path):
     with short_folder() as folder:
         driver = Driver(path, folder)
         driver.when(lambda: len(found(output, "parts/*/*")) >= 3, "the third part")
-        os.kill((set(traced(log, "generate")) - before).pop(), signal.SIGKILL)
+        os.kill((set(traced(log, "generate")) - before).pop(), how)
         code, _, err = driver.end()
         assert code == 3, err
         await_end_of_all(folder)

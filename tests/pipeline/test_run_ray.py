@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.build import resolve
-from pipeline.config import load
+from pipeline.config import Run, load
 from pipeline.ledger import named
-from pipeline.run_ray import RayRunner
+from pipeline.run_ray import RayRunner, matching, share_of
 from pipeline.store import Store
 from schemas.errors import UserError
 from tests.ray_build import (  # noqa: F401  fixture
     Driver,
     await_end_of_all,
+    await_that,
     full_config,
     noise_sha256,
     packed,
@@ -101,35 +105,55 @@ def test_ray_runs_in_other_processes_and_uses_both(outputs):
 
 # --- what a worker takes of the cluster ---------------------------------------------------------------------
 
-
-def share(tmp_path, resources, **run):
-    config = load(small_config(tmp_path, tmp_path / "log", run={"runner": "ray", **run}))
-    _, plan = resolve(config)
-    runner = RayRunner(plan, config.output)
-    options = runner._share(resources)
-    return runner.workers, options["num_gpus"], options["num_cpus"]
+NODE = {"GPU": 2.0, "CPU": 4.0}
 
 
 @pytest.mark.parametrize(
-    ("resources", "run", "expected"),
+    ("nodes", "run", "expected"),
     [
         # workers, GPUs and CPUs of each; a GPU worker waits for no CPU
-        ({"GPU": 4, "CPU": 8}, {}, (4, 1, 0)),
-        ({"GPU": 4, "CPU": 8}, {"gpus_per_worker": 0.5}, (8, 0.5, 0)),
-        ({"GPU": 4, "CPU": 8}, {"gpus_per_worker": 2}, (2, 2, 0)),
-        ({"GPU": 4, "CPU": 8}, {"workers": 3}, (3, 1, 0)),
-        ({"CPU": 8}, {"threads_per_worker": 2}, (4, 0, 2)),
-        ({"CPU": 2}, {"workers": 8}, (8, 0, 0.25)),
+        ([NODE, NODE], {}, (4, 1, 0)),
+        ([{"CPU": 4.0}, NODE], {}, (2, 1, 0)),  # as beside a head without GPUs
+        ([NODE, NODE], {"gpus_per_worker": 0.5}, (8, 0.5, 0)),
+        ([NODE, NODE], {"gpus_per_worker": 0.3}, (12, 0.3, 0)),  # no share lies on two GPUs
+        ([{"GPU": 3.0}, {"GPU": 3.0}], {"gpus_per_worker": 2}, (2, 2, 0)),  # and no worker on two nodes
+        ([NODE, NODE], {"workers": 3}, (3, 1, 0)),
+        ([{"CPU": 4.0}] * 2, {"device": "gpu", "workers": 3}, (3, 1, 0)),  # they are to come
+        ([{"CPU": 5.0}, {"CPU": 3.0}], {"threads_per_worker": 2}, (3, 0, 2)),
+        ([{"CPU": 1.0}], {"threads_per_worker": 2}, (1, 0, 1)),
+        ([{"CPU": 2.0}], {"workers": 8}, (8, 0, 0.25)),
+        ([{"CPU": 1.0}] * 3, {"workers": 4}, (4, 0, 0.5)),
     ],
 )
-def test_workers_share_what_the_cluster_has(tmp_path, resources, run, expected):
-    assert share(tmp_path, resources, **run) == expected
+def test_workers_share_what_the_cluster_has(nodes, run, expected):
+    settings = Run.model_validate(run)
+    share = share_of(settings, nodes)
+    workers = share.places(nodes) if settings.workers == "auto" else settings.workers
+    assert (workers, share.gpus, share.cpus) == expected
+    if settings.device == "auto":
+        assert share.places(nodes) >= workers
 
 
 @pytest.mark.parametrize("gpus", [1.5, 5])
-def test_a_share_of_gpus_that_cannot_be_had_is_refused_in_one_line(tmp_path, gpus):
-    with pytest.raises(UserError, match=rf"run.gpus_per_worker: {gpus:g} given; allowed .* up to the 4 "):
-        share(tmp_path, {"GPU": 4, "CPU": 8}, gpus_per_worker=gpus)
+def test_a_share_of_gpus_that_cannot_be_had_is_refused_in_one_line(gpus):
+    with pytest.raises(UserError, match=rf"run.gpus_per_worker: {gpus:g} given; allowed are a share"):
+        share_of(Run(gpus_per_worker=gpus), [NODE, NODE])
+
+
+def test_nodes_are_chosen_by_their_labels():
+    def node(labels, alive=True, gpus=1.0):
+        return {"Alive": alive, "Resources": {"GPU": gpus}, "Labels": labels}
+
+    nodes = [node({"kind": "a", "zone": "1"}), node({"kind": "b", "zone": "1"}, gpus=2.0), node({})]
+    nodes.append(node({"kind": "a"}, alive=False))
+
+    def gpus(**labels):
+        return [n["GPU"] for n in matching(nodes, labels)]
+
+    assert gpus() == [1.0, 2.0, 1.0]
+    assert gpus(kind="b") == [2.0]
+    assert gpus(kind=("a", "b"), zone="1") == [1.0, 2.0]
+    assert gpus(kind="c") == []
 
 
 def test_a_start_that_waits_says_for_what(ray_instance, tmp_path, monkeypatch):  # noqa: F811
@@ -145,14 +169,22 @@ def test_a_start_that_waits_says_for_what(ray_instance, tmp_path, monkeypatch): 
     monkeypatch.setattr("pipeline.run_ray.PATIENCE", 0.5)
     said = []
 
-    def remark(message, *arguments):
-        said.append(message % arguments)
-        ray.kill(hoarder)
+    def remark(level, text, **facts):
+        said.append(text)
+        if "still waiting" in text:
+            ray.kill(hoarder)
 
-    monkeypatch.setattr("pipeline.run_ray.log.warning", remark)
+    monkeypatch.setattr("pipeline.run_ray._tell", remark)
     run_build(small_config(tmp_path, tmp_path / "log"), runner="ray", workers=1)
-    assert "each needs GPU 0 of 0 free, CPU 1 of 0 free; still waiting" in said[0]
+    assert any("each needs GPU 0 of 0 free, CPU 1 of 0 free; still waiting" in text for text in said)
     assert named(Store(str(tmp_path / "out"))).samples == 12
+
+
+def test_there_are_no_more_workers_than_units(ray_instance, tmp_path):  # noqa: F811
+    """There is room for two, and one unit to make."""
+    target = {"classes": ["circle"], "accepted": 4}
+    run_build(small_config(tmp_path, tmp_path / "log", targets=[target]), runner="ray")
+    assert run_json(tmp_path / "out")["workers"] == 1
 
 
 # --- faults ------------------------------------------------------------------------------------------------
@@ -242,6 +274,81 @@ def test_a_candidate_that_kills_its_worker_fails_alone(ray_instance, tmp_path, w
     facts = run_json(tmp_path / "out")
     assert facts["restarts"] == len(traced(log, "kill")) > 1
     assert named(Store(str(tmp_path / "out"))).samples == 12
+
+
+@pytest.mark.parametrize("retries", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_worker_that_hangs_is_ended(ray_instance, tmp_path, retries):  # noqa: F811
+    """A unit that hangs once is made by the next worker; one that always does ends the build, in one line."""
+    log = tmp_path / "log"
+    traps = {noise_sha256("circle", "noise", 5): "hang once" if retries else "hang"}
+    run = {"runner": "ray", "workers": 1, "unit_timeout": 5, "retries": retries}
+    path = small_config(tmp_path, log, traps, run=run)
+    if retries:
+        run_build(path)
+        facts = run_json(tmp_path / "out")
+        assert facts["restarts"] == 1
+        assert facts["retries"] >= 1
+        assert named(Store(str(tmp_path / "out"))).samples == 12
+    else:
+        with pytest.raises(UserError, match=r"unit 1 of circle / noise: not done within 5 s \(run.unit_ti"):
+            run_build(path)
+        assert len(set(traced(log, "hang"))) == 2  # it had another chance, with nothing beside it
+
+
+# --- what is to be seen ------------------------------------------------------------------------------------
+
+
+def scraped(build: str) -> dict[str, float]:
+    """What Prometheus would find of a build on the one node: sums over the processes."""
+    import ray
+
+    (node,) = ray.nodes()
+    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics") as answer:
+        lines = [line for line in answer.read().decode().splitlines() if f'build="{build}"' in line]
+    sums: Counter[str] = Counter()
+    for line in lines:
+        name, stage = line.partition("{")[0], re.search(r'stage="(\w+)"', line)
+        sums[f"{name} {stage[1]}" if stage else name] += float(line.rpartition(" ")[2])
+    return sums
+
+
+def test_logs_and_metrics_tell_of_the_build(ray_instance, seedloom, tmp_path):  # noqa: F811
+    breaking = {"method": "tests.ray_build:Breaking", "least": 0.3, "log": str(tmp_path / "log"), "times": 1}
+    traps = {noise_sha256("circle", "noise", 5): "raise"}
+    path = small_config(tmp_path, tmp_path / "log", traps, filter=[breaking])
+    ended = seedloom("build", path, "--json", "--runner", "ray", "--workers", 1)
+    assert ended.code == 0, ended.err
+    manifest = named(Store(str(tmp_path / "out")))
+    (account,) = manifest.targets["circle"].recipes.values()
+
+    lines = [json.loads(line) for line in ended.out.splitlines()]
+    assert {line["build"] for line in lines} == {manifest.build_id}
+    made = {row["index"]: key for key, row in rows(tmp_path / "out").items()}
+    (stream,) = {path.parent.name for path in (tmp_path / "out" / "parts").rglob("*.parquet")}
+    (retried,) = [line for line in lines if line.get("level") == "warning"]
+    assert "ArithmeticError: broken on purpose" in retried["text"]
+    assert (retried["stream"], retried["candidates"][0]) == (stream, made[retried["unit"] * 4])
+    failing = [line for line in lines if line.get("level") == "debug" and line["candidates"] == [made[5]]]
+    assert [line.get("errors") for line in failing] == [{"5": "ArithmeticError: trapped"}, None]
+    assert {(line["stream"], line["unit"]) for line in failing} == {(stream, 1)}
+
+    counts = {
+        "ray_seedloom_accepted": account.accepted,
+        "ray_seedloom_rejected": sum(account.rejected.values()),
+        "ray_seedloom_failed": 1,
+        "ray_seedloom_queue_depth": 0,
+        "ray_seedloom_retries_total": 1,
+    }
+    assert account.failed == 1
+    assert sum(account.rejected.values()) > 0
+
+    def told() -> dict[str, float]:
+        found = scraped(manifest.build_id)
+        stages = {f"ray_seedloom_stage_seconds_total {stage}" for stage in ("generate", "filter", "pack")}
+        return found if all(found.get(n) == v for n, v in counts.items()) and stages <= set(found) else {}
+
+    found = await_that(told, "the metrics", pause=0.5)
+    assert found["ray_seedloom_stage_seconds_total generate"] > 0
 
 
 # --- stopping ----------------------------------------------------------------------------------------------
