@@ -10,6 +10,7 @@ from jobs.evaluate.directions import directions
 from jobs.evaluate.geometry import geometry
 from jobs.evaluate.hard_negatives import hard_negatives
 from jobs.evaluate.inversion import inversion
+from jobs.evaluate.long_tail import long_tail
 from jobs.evaluate.minority import minority
 from jobs.evaluate.rare import rare
 
@@ -21,3 +22,4 @@ evaluations.command("confusion")(confusion)
 evaluations.command("rare")(rare)
 evaluations.command("hard-negatives")(hard_negatives)
 evaluations.command("minority")(minority)
+evaluations.command("long-tail")(long_tail)
