@@ -69,7 +69,7 @@ class Size:
 
 
 FULL = Size(most=500, least=5, held_out=50, made=60, steps=20, epochs=15, seeds=5, validation_seeds=3)
-QUICK = Size(most=24, least=4, held_out=4, made=4, steps=4, epochs=1, seeds=2, validation_seeds=2)
+QUICK = Size(most=120, least=10, held_out=2, made=2, steps=4, epochs=1, seeds=2, validation_seeds=2)
 
 
 def recipes(steps: int) -> dict[str, dict[str, Any]]:
