@@ -52,7 +52,8 @@ def _manifest(store: Any, build_id: str | None) -> tuple[Any, list[str]]:
         manifest = named(store, build_id)
     except Damaged as error:
         return None, [str(error)]
-    digest = sha256(manifest.to_bytes())
+    # of the bytes that lie there: written again, an older format would have others
+    digest = sha256(store.get(f"builds/{manifest.build_id}/manifest.json"))
     recorded = [e["manifest_sha256"] for e in entries if e["build_id"] == manifest.build_id]
     if not recorded:
         problems.append(f"{store.uri}/history: does not record build {manifest.build_id}")
@@ -113,11 +114,14 @@ def _parity(tar: bytes, parquet: bytes, shard: Any, base: str, keys: set[str], d
     import pyarrow.parquet as pq
 
     from schemas.ids import sha256
+    from schemas.tables import refuse_newer
     from stages.images import NotAnImage, decode
 
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         members = {m.name: (m.offset_data, m.size) for m in archive.getmembers()}
-    rows = pq.read_table(io.BytesIO(parquet)).to_pylist()
+    table = pq.read_table(io.BytesIO(parquet))
+    refuse_newer(table.schema, f"{base}.parquet")
+    rows = table.to_pylist()
     if len(rows) != shard.rows:
         yield f"{base}.parquet: {len(rows)} rows, the manifest says {shard.rows}"
     in_tar = {name.partition(".")[0] for name in members}

@@ -128,7 +128,8 @@ def record(store: Store, manifest: Manifest) -> None:
             "build_id": manifest.build_id,
             "name": manifest.name,
             "samples": manifest.samples,
-            "manifest_sha256": sha256(manifest.to_bytes()),
+            # of the bytes that lie there: they may be of an older format
+            "manifest_sha256": sha256(store.get(f"builds/{manifest.build_id}/manifest.json")),
         }
         if store.put_new(f"history/{entry['number']}.json", seal(entry)):
             store.put("latest.json", seal(entry))

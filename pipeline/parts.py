@@ -94,9 +94,8 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
     try:
         table = store.attempt(read, name)
         metadata = {key.decode(): value for key, value in table.schema.metadata.items()}
-        version = json.loads(metadata["version"])
-        if version <= tables.VERSION:
-            _check(table, metadata)
+        tables.refuse_newer(table.schema, f"{store.uri}/{name}")
+        _check(table, metadata)
     except Exception as error:
         # what pyarrow raises for damage has no errno; what has one is trouble of the store, not of the object
         if isinstance(error, UserError):
@@ -105,10 +104,6 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{store.uri}/{name}: damaged ({reason}); remove it and build again") from error
-    if version > tables.VERSION:
-        raise UserError(
-            f"{store.uri}/{name}: written by a newer seedloom (format {version}); upgrade to read it"
-        )
     return table if columns is None else table.select(columns)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pyarrow as pa
+
+from schemas.errors import UserError
 
 VERSION = 4
 
@@ -42,6 +45,12 @@ PART = pa.schema(
         pa.field("image", pa.binary()),  # encoded; null when failed
     ]
 )
+
+
+def refuse_newer(schema: pa.Schema, name: str) -> None:
+    """Raises `UserError` for a table of a newer format; `name` is what the message calls it."""
+    if (version := json.loads(schema.metadata[b"version"])) > VERSION:
+        raise UserError(f"{name}: written by a newer seedloom (format {version}); upgrade to read it")
 
 
 def score_name(filter_name: str, column: str) -> str:

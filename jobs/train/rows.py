@@ -21,6 +21,7 @@ from pipeline.references import Lock, reference_name
 from schemas.errors import Damaged, UserError
 from schemas.ids import sha256
 from schemas.manifest import Manifest
+from schemas.tables import refuse_newer
 from stages import registry
 
 THREADS = 8
@@ -83,6 +84,7 @@ def _rows(files: Files, name: str, digest: str, number: int, where: pc.Expressio
         raise Damaged(f"{files.uri}/{name}: is missing") from None
     if sha256(data) != digest:
         raise Damaged(f"{files.uri}/{name}: damaged (its hash is not the one in the manifest)")
+    refuse_newer(pq.read_schema(pa.BufferReader(data)), f"{files.uri}/{name}")
     columns = ["key", "class", "image_sha256", "offset", "length"]
     try:
         table = pq.read_table(pa.BufferReader(data), columns=columns, filters=where)
