@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from tests.ray_build import (
     Driver,
     await_end_of_all,
     full_config,
+    noise_sha256,
     packed,
     run_build,
     run_json,
     short_folder,
+    small_config,
+    trace,
     traced,
     users_of,
 )
@@ -114,3 +118,26 @@ def test_a_worker_killed_in_the_middle(undisturbed, references, tmp_path, how):
         await_end_of_all(folder)
     assert packed(output) == expected
     assert run_json(output)["restarts"] == 1
+
+
+def test_a_worker_told_to_end_in_the_middle_of_a_unit(tmp_path):
+    """A machine to be taken away sends SIGTERM: what is not done is abandoned, and made by another worker.
+
+    This worker would never be done by itself; it draws one unit and has another waiting.
+    """
+    log, traps = tmp_path / "log", {noise_sha256("circle", "noise", 1): "hang once"}
+    trace(log, "hang")  # so that the build to compare with does not hang
+    run_build(small_config(tmp_path / "calm", log, traps))
+    shutil.rmtree(log)
+    path = small_config(tmp_path, log, traps, run=RAY)
+    with short_folder() as folder:
+        driver = Driver(path, folder)
+        driver.when(lambda: traced(log, "hang"), "the worker hangs")
+        (pid,) = traced(log, "hang")
+        os.kill(pid, signal.SIGTERM)
+        driver.when(lambda: not Path(f"/proc/{pid}").exists(), "the worker has ended")
+        code, _, err = driver.end()
+        assert code == 0, err
+        await_end_of_all(folder)
+    assert packed(tmp_path / "out") == packed(tmp_path / "calm/out")
+    assert run_json(tmp_path / "out")["restarts"] == 1
