@@ -219,16 +219,13 @@ class Run:
     kept: Path  # where its figures stay
 
 
-def _carry_out(run: Run) -> dict[str, np.ndarray]:
-    """Accuracy of each class, by the losses that come of this training."""
+def _carry_out(run: Run) -> None:
+    """Train, and keep the accuracy of each class by the losses that come of this training."""
     import numpy as np
     import torch
 
     from jobs.evaluate import small_network as net
 
-    if run.kept.exists():
-        with np.load(run.kept) as found:
-            return dict(found)
     torch.set_num_threads(1)
     model = net.train(
         run.train, run.classes, loss=run.loss, augmentation=run.augmentation, epochs=run.epochs,
@@ -244,7 +241,13 @@ def _carry_out(run: Run) -> dict[str, np.ndarray]:
     part = run.kept.with_suffix(f".{os.getpid()}.npz")
     np.savez(part, **found)
     os.replace(part, run.kept)
-    return found
+
+
+def _kept(run: Run) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    with np.load(run.kept) as found:
+        return dict(found)
 
 
 def _repeated(train: Images, few: Sequence[int], count: int) -> Images:
@@ -316,13 +319,14 @@ def _conclude(
                 runs.append(
                     Run(title, loss, augmentation, size.epochs, seed, images, judged, len(classes), kept)
                 )
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(_carry_out, runs))
+    if missing := list({run.kept: run for run in runs if not run.kept.exists()}.values()):
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            list(pool.map(_carry_out, missing))
     training = time.monotonic() - begin
 
     accuracies: dict[tuple[str, str], list[np.ndarray]] = {}
-    for run, by_loss in zip(runs, found, strict=True):
-        for name_of_loss, accuracy_K in by_loss.items():
+    for run in runs:
+        for name_of_loss, accuracy_K in _kept(run).items():
             accuracies.setdefault((name_of_loss, run.arm), []).append(accuracy_K)
     ids = {title: one.manifest.build_id for title, one in built.items()}
     results = [
