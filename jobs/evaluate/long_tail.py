@@ -232,7 +232,7 @@ def _carry_out(run: Run) -> None:
         rng_seed=run.rng_seed,
     )  # fmt: skip
     logit_NK = net.logits(model, run.judged)
-    found = {run.loss: net.accuracy_of_classes(logit_NK, run.judged)}
+    found: dict[str, Any] = {run.loss: net.accuracy_of_classes(logit_NK, run.judged)}
     if run.loss == "cross-entropy":
         prior_K = net.log_prior(run.train.counts(run.classes))
         adjusted_NK = net.adjusted(logit_NK, prior_K)
