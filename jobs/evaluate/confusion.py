@@ -27,10 +27,15 @@ def confusion(
     overrides: Overrides = None,
     classifier: Annotated[str, typer.Option(help="tangram, or a folder in timm's layout.")] = "tangram",
     out: Annotated[Path, typer.Option(help="The Parquet to write.")] = Path("confusion.parquet"),
+    write_targets: Annotated[
+        Path | None, typer.Option(help="YAML to write: weak classes and hard pairs as the next targets.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="Images that these targets ask for in all.")] = 100,
 ) -> None:
     """Write which classes of a config's references a classifier confuses, as Parquet."""
     import pyarrow as pa
 
+    from jobs.evaluate.quotas import as_yaml, targets
     from pipeline.config import load
     from schemas.errors import UserError
     from stages.shard import parquet
@@ -52,6 +57,9 @@ def confusion(
     for row in sorted(others, key=lambda row: -row["share"])[:10]:
         print(f"{row['class']} taken for {row['predicted']}: {row['share']:.4f}")
     print(out)
+    if write_targets is not None:
+        write_targets.write_text(as_yaml(targets(config, rows, images)), encoding="utf-8")
+        print(write_targets)
 
 
 def shares(config: BuildConfig, classifier: str) -> list[dict[str, Any]]:

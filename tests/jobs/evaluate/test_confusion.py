@@ -5,7 +5,10 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
+from jobs.evaluate.quotas import apportion, targets
+from pipeline.config import load
 from stages import images
 from stages.backbones.classifier import load_classifier
 from tests.small_build import CLASSES, drawings, make_config, references, seedloom  # noqa: F401  fixtures
@@ -47,3 +50,35 @@ def test_a_class_that_the_classifier_lacks_is_named(tmp_path, references, seedlo
     assert ended.code == 2
     assert "does not know the class 'cogwheel'" in ended.err
     assert not (tmp_path / "m").exists()
+
+
+def test_the_next_targets_ask_for_weak_classes_and_build(tmp_path, references, seedloom):  # noqa: F811
+    path, written = make_config(tmp_path, references), tmp_path / "targets.yaml"
+    ended = seedloom(
+        "evaluate", "confusion", path, "--out", tmp_path / "m", "--write-targets", written, "--images", 6
+    )
+    assert ended.code == 0, ended.err
+    asked = yaml.safe_load(written.read_text())["targets"]
+    assert sum(target["accepted"] for target in asked) == 6
+    planned = seedloom("plan", make_config(tmp_path, references, targets=asked))
+    assert planned.code == 0, planned.err
+
+
+def test_quotas_follow_the_errors_and_pairs_start_from_what_a_class_is_taken_for(tmp_path, references):  # noqa: F811
+    genie = {"generate": {"method": "genie", "steps": 2, "ratio": 0.5, "guidance": 1}, "unit": 2, "batch": 2}
+    config = load(make_config(tmp_path, references, recipes={"plain": {"combine": "cog"}, "hard": genie},
+                              targets=[{"classes": "all", "accepted": 1, "recipe": "plain"}]))  # fmt: skip
+    table = {("gear", "ring"): 0.6, ("gear", "gear"): 0.4, ("ring", "gear"): 0.2, ("ring", "ring"): 0.8}
+    rows = [{"class": c, "predicted": p, "share": s} for (c, p), s in table.items()]
+    found = targets(config, rows, 16)
+    assert [(t.get("classes"), t.get("pairs"), t["accepted"], list(t["recipe"])) for t in found] == [
+        (["gear"], None, 6, ["plain"]),
+        (["ring"], None, 2, ["plain"]),
+        (None, [["ring", "gear"]], 6, ["hard"]),
+        (None, [["gear", "ring"]], 2, ["hard"]),
+    ]
+
+
+def test_apportioned_counts_sum_to_the_total():
+    assert apportion({"a": 1.0, "b": 1.0, "c": 1.0}, 4) == {"a": 2, "b": 1, "c": 1}
+    assert apportion({"a": 0.99, "b": 0.01}, 2) == {"a": 2}
