@@ -3,7 +3,8 @@
 A soft confusion matrix: `share` is the mean probability that the classifier gives to class `predicted` over
 the references of class `class`. A good classifier hardly errs on images like those it learned from, but its
 probabilities say all the same which classes lie near each other.
-`targets: sources: {most_confused: K, matrix: FILE}` reads it.
+`targets: sources: {most_confused: K, matrix: FILE}` reads it; `--write-targets` makes the
+next build's quotas of it (`jobs.evaluate.quotas`).
 """
 
 from __future__ import annotations
