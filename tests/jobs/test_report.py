@@ -20,7 +20,7 @@ SCORE = "tests_small_build_HashFilter_fraction"
 IMAGE = "<img src=x onerror=alert(1)>"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop runs until then, and other tests have their own
 def chromium():
     from playwright.sync_api import sync_playwright
 
