@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import pack, parts
+from pipeline import distinct, pack, parts
 from pipeline.batches import decided, undecided
 from pipeline.config import BuildConfig
 from pipeline.goals import settle
@@ -29,7 +29,7 @@ from pipeline.lease import PRUNE, Lease
 from pipeline.ledger import commit_inputs, existing, record, write_manifest
 from pipeline.phases import Inversions, ListWork, Units, tallies
 from pipeline.plan import Plan, StreamPlan, make_plan
-from pipeline.references import keep, scan
+from pipeline.references import held_out_sets, keep, scan_all, set_name
 from pipeline.seeds import assess, load_seeds, remark, seed_name
 from pipeline.select import Selection, Stream
 from pipeline.store import Store, side_by_side
@@ -48,6 +48,7 @@ from pipeline.tasks import (
     Work,
 )
 from pipeline.telemetry import Telemetry
+from pipeline.tensors import artifact_name
 from schemas.errors import Interrupted, UserError
 from schemas.manifest import Manifest
 from schemas.records import Reference
@@ -80,13 +81,13 @@ class Result:
 def resolve(config: BuildConfig) -> tuple[Store, Plan]:
     """Look at the references and plan. Writes nothing."""
     store = Store(config.output)
-    lock = scan(config.references, store)
+    lock = scan_all(config, store)
     return store, make_plan(decided(settle(config, lock), store), lock)
 
 
 def blank(plan: Plan) -> dict[str, Stream]:
     """The streams of a plan, of which nothing is known yet."""
-    return {s.id: Stream(s.quota, s.max_units, s.unit) for s in plan.streams}
+    return distinct.make_streams(plan)
 
 
 def survey(store: Store, plan: Plan, say: Callable[[str], None]) -> State:
@@ -120,10 +121,18 @@ def survey(store: Store, plan: Plan, say: Callable[[str], None]) -> State:
 
 def _read(store: Store, streams: Mapping[str, Stream], units: Sequence[tuple[StreamPlan, int]]) -> None:
     """Learn of units from their parts and scores."""
+    unready = set[str]()
+    for compared in distinct.distincts(streams):
+        try:
+            compared.load(store)
+        except FileNotFoundError:
+            unready |= compared.streams.keys()  # as if nothing were scored: the build makes what is lacking
+    units = [(stream, unit) for stream, unit in units if stream.id not in unready]
     accounts = side_by_side(lambda unit: parts.account(store, *unit), units)
     for (stream, unit), account in zip(units, accounts, strict=True):
         if account:
-            streams[stream.id].learn(unit, account.outcomes, account.environment)
+            learned = (unit, account.outcomes, account.environment, account.signatures)
+            streams[stream.id].learn(*learned)
 
 
 def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan, str], Runner]) -> Result:
@@ -162,12 +171,14 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
                 # the workers are up, so models and config agree: from here on things are written
                 held.enter_context(lease)
                 run = lease.guard(runner.run)
-                keep(config.references, store, plan.used_references())
+                _keep_all(store, plan)
                 commit_inputs(store, plan)
                 absent = _inversions(store, plan)
                 timed("invert", lambda: _run_list(run, telemetry, "invert", absent, Inversions))
                 seeds = timed("assess", lambda: _assess(run, telemetry, plan))
                 timed("prepare", lambda: _run_list(run, telemetry, "prepare", _preparations(store, plan)))
+                for compared in distinct.distincts(streams):
+                    compared.load(store)
                 with index:
                     selections, shards = _generate_and_pack(run, units, index, timed)
             finally:
@@ -178,7 +189,8 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
                 f"stopped; nothing is lost ({done} images accepted so far). Run the same command again to"
                 " go on"
             ) from None
-        manifest = write_manifest(store, plan, selections, seeds, shards)
+        files = _duplicates(plan, streams, selections, telemetry)
+        manifest = write_manifest(store, plan, selections, seeds, shards, files)
         available = runner.worker_seconds
         result = Result(
             manifest, plan.build_folder, True, seconds, units.generated,
@@ -253,8 +265,31 @@ def repack(config: BuildConfig, telemetry: Telemetry) -> Result | dict[str, int]
                 return short
         combining = [s for s in plan.streams if s.seeds]
         seeds = {s.id: assess(s, config.recipes[s.recipe], load_seeds(store, s)) for s in combining}
-        manifest = write_manifest(store, plan, selections, seeds, shards)
+        files = _duplicates(plan, streams, selections, telemetry)
+        manifest = write_manifest(store, plan, selections, seeds, shards, files)
     return Result(manifest, plan.build_folder, made=True)
+
+
+def _keep_all(store: Store, plan: Plan) -> None:
+    """Copy what workers look at into the store: used references, and held-out images."""
+    keep(plan.config.references, store, plan.used_references())
+    for settings in held_out_sets(plan.config):
+        keep(settings, store, plan.lock.held_out[set_name(settings)].admitted())
+
+
+def _duplicates(
+    plan: Plan, streams: Mapping[str, Stream], selections: Mapping[str, Selection], telemetry: Telemetry
+) -> dict[str, bytes]:
+    """The file that says what is a duplicate of what, of builds that look for them."""
+    told = distinct.tell(plan, streams, selections)
+    if told is None:
+        return {}
+    if told.pairs:
+        telemetry.say(
+            f"{told.pairs} accepted images look like one of another target:"
+            f" {plan.build_folder}/{distinct.FILE}"
+        )
+    return {distinct.FILE: distinct.to_bytes(told)}
 
 
 def _short(plan: Plan, selections: Mapping[str, Selection]) -> dict[str, int]:
@@ -279,7 +314,7 @@ def _choose_batches(
         runner = make_runner(plan, plan.config.output)
         runner.expected = len(streams)
         with runner:
-            keep(plan.config.references, store, plan.used_references())
+            _keep_all(store, plan)
             _run_list(runner.run, telemetry, "batch", [BatchTask(stream.id) for stream in streams.values()])
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing is lost. Run the same command again to go on") from None
@@ -337,9 +372,10 @@ def _batches(references: list[Reference], size: int) -> Iterable[list[Reference]
 
 
 def _preparations(store: Store, plan: Plan) -> list[Task]:
-    from pipeline.worker import artifact_name
-
     wanted = {artifact: (s.id, kind) for s in plan.streams for kind, artifact in s.artifacts.items()}
+    wanted |= {
+        f.artifact: (s.id, f"filter {f.method.name}") for s in plan.streams for f in s.filters if f.artifact
+    }
     there = side_by_side(lambda artifact: store.exists(artifact_name(artifact)), wanted)
     return [
         PrepareTask(*made_by) for made_by, exists in zip(wanted.values(), there, strict=True) if not exists

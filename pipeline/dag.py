@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,9 @@ from pipeline.seeds import Seeds
 from schemas.errors import UserError
 from schemas.ids import random_stream, sha256
 from schemas.records import Combination, Reference
+from schemas.tables import SIGNATURE
 from stages import images
-from stages.contract import DUMMY, Backbone, Chance, Generated, Material, Models, Order
+from stages.contract import DUMMY, Backbone, Chance, Generated, Material, Models, Order, Pairwise
 
 # Entered for what the device does; what is done with images on the CPU stays outside, so that another thread
 # may have the device meanwhile.
@@ -275,21 +276,25 @@ def score(
     encoded: Sequence[bytes | memoryview | None],
     chosen: Any,
     computing: Computing = at_once,
-) -> dict[str, list[float | None]]:
+    artifact: Mapping[str, Tensor] | None = None,
+) -> dict[str, list[Any]]:
     """Scores of a part's images by one filter, computed on the decoded bytes; None for failed candidates."""
-    columns: dict[str, list[float | None]] = {name: [] for name in chosen.columns()}
+    signature = tuple(SIGNATURE) if isinstance(chosen, Pairwise) else ()
+    columns: dict[str, list[Any]] = {name: [] for name in (*chosen.columns(), *signature)}
+    question = replace(stream.question, artifact=artifact or {})
     for batch in in_batches(encoded, stream.batch):
         pixels = [None if data is None else images.decode(data) for data in batch]
         size = next((p.size for p in pixels if p is not None), None)
         if size is None:
-            scores: Mapping[str, Sequence[float]] = {name: [0.0] * len(batch) for name in columns}
+            scores: Mapping[str, Sequence[Any]] = {name: [0.0] * len(batch) for name in columns}
         else:
             blank = torch.zeros(3, size[1], size[0])
             image_B3hw = torch.stack([blank if p is None else images.to_tensor(p, min(size)) for p in pixels])
             with computing("filter"):
-                scores = chosen.score(models, image_B3hw, stream.question)
+                scores = chosen.score(models, image_B3hw, question)
         for name, column in columns.items():
-            column += [None if p is None else float(s) for p, s in zip(pixels, scores[name], strict=True)]
+            kept = [s if name in signature else float(s) for s in scores[name]]
+            column += [None if p is None else s for p, s in zip(pixels, kept, strict=True)]
     return columns
 
 

@@ -8,7 +8,8 @@ The newest receipts are written as a segment of level 0 after so many of them, o
 segments of one level become one of the next. So n receipts lie in about FAN · log(n) objects.
 
 It is a cache. What is lost of it, or damaged, or was never written, workers learn again from parts and scores
-when they are asked for those units; and what packing finds to be otherwise is forgotten. So its objects may
+when they are asked for those units; so it is with streams whose candidates are compared with each other, of
+which the index holds nothing. What packing finds to be otherwise is forgotten. So its objects may
 be removed at any time, by hand as well.
 """
 
@@ -59,9 +60,11 @@ class Index:
 
     def __init__(self, store: Store, plan: Plan, say: Callable[[str], None]):
         self.store, self._say = store, say
-        self._scopes = {stream.id: _scope(stream) for stream in plan.streams}
-        self._folders = {stream.id: f"index/{_rules(stream)}" for stream in plan.streams}
-        self._sizes = {self._scopes[stream.id]: stream.unit for stream in plan.streams}
+        # what is compared with each other must be read again anyway, and is decided for a whole target
+        kept = [stream for stream in plan.streams if not stream.pairwise]
+        self._scopes = {stream.id: _scope(stream) for stream in kept}
+        self._folders = {stream.id: f"index/{_rules(stream)}" for stream in kept}
+        self._sizes = {self._scopes[stream.id]: stream.unit for stream in kept}
         self._there: dict[str, set[str]] = defaultdict(set)  # folder → segments
         self._damaged: set[str] = set()
         self._new: dict[str, list[tuple[str, int, str, Sequence[str]]]] = defaultdict(list)  # not written yet
@@ -70,6 +73,7 @@ class Index:
 
     def teach(self, streams: Mapping[str, Stream]) -> None:
         """Tell the streams all that the index has about them."""
+        streams = {name: stream for name, stream in streams.items() if name in self._scopes}
         wanted = pa.array([self._scopes[name] for name in streams], pa.string())
         for folder in sorted(set(self._folders.values())):
             some: list[pa.Table] = []
@@ -118,6 +122,8 @@ class Index:
 
     def add(self, stream: str, unit: int, outcomes: Sequence[str], environment: str) -> None:
         """Keep what a receipt told. Raises what an earlier write in the background raised."""
+        if stream not in self._scopes:
+            return
         new = self._new[self._folders[stream]]
         new.append((self._scopes[stream], unit, environment, outcomes))
         if len(new) >= RECEIPTS or time.monotonic() - self._since > SECONDS:
@@ -130,6 +136,8 @@ class Index:
         self._write_all()
         lost: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for stream, unit in units:
+            if stream not in self._scopes:
+                continue
             lost[self._folders[stream]][self._scopes[stream]].append(unit)
         for folder, gone in lost.items():
             self._thread.submit(self._remove, folder, gone).result()

@@ -42,8 +42,11 @@ def write_manifest(
     selections: Mapping[str, Selection],
     seeds: Mapping[str, SeedsReceipt],
     shards: Sequence[ShardReceipt],
+    files: Mapping[str, bytes],
 ) -> Manifest:
-    """Write the manifest and enter the build into the history."""
+    """Write these files of the build, then the manifest, and enter the build into the history."""
+    for name, data in files.items():
+        store.put_new(f"{plan.build_folder}/{name}", data)
     used = frozenset[str]().union(*(selection.environments for selection in selections.values()))
     references = plan.lock.account()
     targets: dict[str, dict[str, Any]] = {}
@@ -70,7 +73,7 @@ def write_manifest(
         targets={name: TargetAccount.model_validate(target) for name, target in targets.items()},
         quarantined={label: n["quarantined"] for label, n in references.items() if n["quarantined"]},
         shards=tuple(Shard(**vars(shard)) for shard in sorted(shards, key=lambda s: s.name)),
-        files={name: sha256(data) for name, data in _inputs(plan).items()},
+        files={name: sha256(data) for name, data in {**_inputs(plan), **files}.items()},
         models=dict(plan.models),
         environments=tuple(json.loads(e) for e in sorted(used)),
     )
@@ -105,6 +108,7 @@ def objects_of(stream: StreamPlan) -> tuple[str, ...]:
                 *(f"scores/{stream.id}/{f.id}" for f in stream.filters),
                 *([f"seeds/{stream.seeds}"] if stream.seeds else []),
                 *(f"artifacts/{artifact}" for artifact in stream.artifacts.values()),
+                *(f"artifacts/{f.artifact}" for f in stream.filters if f.artifact),
             ]
         )
     )

@@ -132,7 +132,10 @@ def read_unit(store: Store, plan: Plan, stream_id: str, unit: int) -> list[dict[
         candidate |= {**blank, "image": image}
         candidate |= {"class": stream.label, "class_index": stream.class_index, "recipe": stream.recipe}
         candidate |= {"stream": stream.id, "unit": unit}
-    scored = [read_table(store, scores_name(stream, f, unit)).to_pylist() for f in stream.filters]
+    scored = [
+        read_table(store, scores_name(stream, f, unit), ["index", *f.method.columns()]).to_pylist()
+        for f in stream.filters
+    ]
     for place, candidate in enumerate(candidates):
         scores = [rows[place] for rows in scored]
         candidate["outcome"] = outcome(stream, candidate["status"], scores)

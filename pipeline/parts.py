@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.plan import FilterPlan, StreamPlan
-from pipeline.select import FAILED, PASSED
+from pipeline.select import FAILED, PASSED, Signatures
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import Damaged, UserError
@@ -126,12 +127,21 @@ def contents(table: pa.Table) -> list[memoryview | None]:
     return [None if buffer is None else memoryview(buffer).cast("B") for buffer in buffers]
 
 
+def _signatures(table: pa.Table) -> Signatures:
+    rows = [row or [] for row in table.column("embedding").to_pylist()]
+    size = max(map(len, rows))
+    blank = [float("nan")] * size
+    hashes = [n or 0 for n in table.column("hash").to_pylist()]
+    return Signatures(np.array(hashes, np.int64), np.array([row or blank for row in rows], np.float32))
+
+
 @dataclass(frozen=True)
 class UnitAccount:
     """What selection and the manifest need to know of a committed and scored unit."""
 
     outcomes: tuple[str, ...]  # one a candidate
     environment: str  # canonical JSON
+    signatures: Signatures | None  # by what they are compared with each other, if they are
 
 
 def account(store: Store, stream: StreamPlan, unit: int) -> UnitAccount | None:
@@ -139,16 +149,19 @@ def account(store: Store, stream: StreamPlan, unit: int) -> UnitAccount | None:
     try:
         part = read_table(store, part_name(stream, unit), ["status"])
         scored = [
-            read_table(store, scores_name(stream, f, unit), f.method.columns()).to_pylist()
+            read_table(store, scores_name(stream, f, unit), ["index", *f.method.columns()]).to_pylist()
             for f in stream.filters
         ]
+        signatures = None
+        if f := stream.pairwise:
+            signatures = _signatures(read_table(store, scores_name(stream, f, unit), list(tables.SIGNATURE)))
     except FileNotFoundError:
         return None
     outcomes = [
         outcome(stream, status, [rows[place] for rows in scored])
         for place, status in enumerate(part.column("status").to_pylist())
     ]
-    return UnitAccount(tuple(outcomes), part.schema.metadata[b"environment"].decode())
+    return UnitAccount(tuple(outcomes), part.schema.metadata[b"environment"].decode(), signatures)
 
 
 def outcome(stream: StreamPlan, status: str, scores: Sequence[Mapping[str, float]]) -> str:

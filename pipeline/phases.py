@@ -131,18 +131,21 @@ class Units:
         if FAILED in receipt.outcomes:
             first = task.unit * len(receipt.outcomes)
             self._say("failed", task, [first + i for i, o in enumerate(receipt.outcomes) if o == FAILED])
-        stream = self.streams[task.stream]
-        before = stream.pending
-        stream.learn(task.unit, receipt.outcomes, receipt.environment)
-        self._learned(task.stream, task.unit, receipt.outcomes, receipt.environment)
-        self._remaining += stream.pending - before
-        if task.stream in self._idle:
-            self._idle.remove(task.stream)
-            self._turn.append(task.stream)
+        target = self.plan.by_id[task.stream].target
+        # where candidates are compared with each other, what one stream holds decides on others of its target
+        related = [plan.id for plan in self._of_target[target]]
+        before = sum(self.streams[name].pending for name in related)
+        learned = (task.unit, receipt.outcomes, receipt.environment)
+        self.streams[task.stream].learn(*learned, receipt.signatures)
+        self._learned(task.stream, *learned)
+        self._remaining += sum(self.streams[name].pending for name in related) - before
+        for name in related:
+            if name in self._idle:
+                self._idle.remove(name)
+                self._turn.append(name)
         self.generated += receipt.generated
         self.generated_bytes += receipt.bytes
         self.busy_seconds += receipt.seconds
-        target = self.plan.by_id[task.stream].target
         self.telemetry.tallies(tallies(self._of_target[target], self.streams))
         self._finished += 1
         self.telemetry.advance(1, self._finished + self.remaining())

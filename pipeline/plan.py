@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import BuildConfig, Recipe, method_of
 from pipeline.goals import Goal, goals
-from pipeline.references import Lock
+from pipeline.references import Lock, set_name
 from pipeline.select import stream_quotas
 from schemas.errors import UserError
 from schemas.ids import fingerprint, slug
@@ -22,9 +22,9 @@ from schemas.records import Reference
 from schemas.settings import Settings
 from schemas.tables import VERSION, score_name
 from stages.backbones.diffusion.folder import backbone_fingerprint
-from stages.backbones.diffusion.load import BackboneFacts
+from stages.backbones.diffusion.load import BackboneFacts, native_size
 from stages.backbones.models import LoadedModels
-from stages.contract import Facts, Models, Question
+from stages.contract import Facts, Models, Pairwise, Question
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,18 @@ class FilterPlan:
     kind: str
     settings: Settings
     id: str  # fingerprint of what its scores depend on; thresholds are not among it
+    compared: tuple[Reference, ...] = ()  # images that candidates are compared with
+    artifact: str | None = None  # fingerprint of what it makes once of these
 
     @cached_property
     def method(self) -> Any:
-        return method_of(self.kind, self.settings)
+        method = method_of(self.kind, self.settings)
+        method.compared = self.compared
+        return method
 
     def __reduce__(self) -> Any:
         # without the method: a worker must look it up itself, for only that gives a user's class its name
-        return FilterPlan, (self.kind, self.settings, self.id)
+        return FilterPlan, (self.kind, self.settings, self.id, self.compared, self.artifact)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class StreamPlan:
     seeds: str | None  # fingerprint of its reference seeds
     artifacts: Mapping[str, str]  # kind of stage → fingerprint of what it made once for the class
     filters: tuple[FilterPlan, ...]  # and measures
+    share: float = 1  # of the target's accepted images, as a weight
+
+    @property
+    def pairwise(self) -> FilterPlan | None:
+        """The filter that compares its candidates with each other."""
+        return next((f for f in self.filters if isinstance(f.method, Pairwise)), None)
 
     @property
     def name(self) -> str:
@@ -107,8 +117,14 @@ class Plan:
         return f"builds/{self.build_id}"
 
     def used_references(self) -> list[Reference]:
-        """References that some stream inverts, learns from or starts from."""
-        return [r for s in self.streams for r in (*s.references, *s.sources)]
+        """References that some stream inverts, learns from or starts from, or is compared with."""
+        compared = [r for s in self.streams for f in s.filters if not held_out(f) for r in f.compared]
+        return [r for s in self.streams for r in (*s.references, *s.sources)] + compared
+
+
+def held_out(chosen: FilterPlan) -> bool:
+    """Whether a filter compares with held-out images, which are no references."""
+    return chosen.method.compares == "held_out"
 
 
 def make_plan(config: BuildConfig, lock: Lock) -> Plan:
@@ -179,7 +195,7 @@ class _Known:
             sources = tuple(r for label in goal.sources for r in self.lock.classes[label])
         ids = self._ids(recipe, goal.name, name, question.prompt, own, sources)
         filters = tuple(
-            FilterPlan(kind, settings, self._filter_id(kind, settings, question))
+            self._filter(kind, settings, question, (*own, *sources))
             for kind, chosen in (
                 ("filter", self.config.filters(goal.target, name)),
                 ("measure", self.config.measure),
@@ -202,6 +218,7 @@ class _Known:
             unit=recipe.unit,
             batch=_batch(recipe),
             filters=filters,
+            share=self.config.shares(goal.target)[name],
             **ids,
         )
 
@@ -309,18 +326,33 @@ class _Known:
         self.used |= ids
         return ids
 
-    def _filter_id(self, kind: str, settings: Settings, question: Question) -> str:
+    def _filter(
+        self, kind: str, settings: Settings, question: Question, references: tuple[Reference, ...]
+    ) -> FilterPlan:
         method = method_of(kind, settings)
-        return fingerprint(
-            {
-                "format": VERSION,
-                "method": method.name,
-                "version": method.version,
-                "scored": dict(method.scored()),
-                "models": self._model_ids(method),
-                "backbone": self.backbone if method.uses_backbone else None,
-                "target": question.target,
-                "prompt": question.prompt,
-                "others": dict(question.others),
-            }
-        )
+        made_by = {
+            "format": VERSION,
+            "method": method.name,
+            "version": method.version,
+            "scored": dict(method.scored()),
+            "models": self._model_ids(method),
+        }
+        compared: tuple[Reference, ...] = ()
+        if method.compares == "references":
+            compared = tuple({r.sha256: r for r in references}.values())
+        elif method.compares == "held_out":
+            compared = self.lock.held_out[set_name(settings.held_out)].admitted()  # type: ignore[attr-defined]
+        asked = {
+            **made_by,
+            "backbone": self.backbone if method.uses_backbone else None,
+            "target": question.target,
+            "prompt": question.prompt,
+            "others": dict(question.others),
+        }
+        if method.compares == "held_out":
+            asked["held_out"] = [r.sha256 for r in compared]
+        artifact = None
+        if compared:
+            size = native_size(self.config.backbone)
+            artifact = fingerprint({**made_by, "compared": [r.sha256 for r in compared], "size": size})
+        return FilterPlan(kind, settings, fingerprint(asked), compared, artifact)

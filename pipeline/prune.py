@@ -92,7 +92,8 @@ def _needed(store: Store, build: str) -> Iterator[str]:
             yield from (f"{objects}/" for objects in account.objects)
     name = f"{folder}/references.lock"
     lock = Lock.from_bytes(store.get(name), f"{store.uri}/{name}")
-    yield from (reference_name(r.sha256) for references in lock.classes.values() for r in references)
+    for kept in (lock, *lock.held_out.values()):
+        yield from (reference_name(r.sha256) for r in kept.admitted())
 
 
 def _changed(store: Store, stored: Stored) -> float:

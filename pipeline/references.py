@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline.config import method_of
+from pipeline.config import BuildConfig, method_of
 from pipeline.store import Store, side_by_side
 from schemas.errors import Damaged, UserError
 from schemas.ids import fingerprint, sha256
 from schemas.records import Quarantined, Reference
 from schemas.sealed import seal, unseal
+from schemas.settings import Settings
 from stages.read.admit import admit
 from stages.read.settings import ReadSettings
 
-LOCK_VERSION = 1
+LOCK_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,24 @@ class Lock:
 
     classes: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
     quarantined: tuple[Quarantined, ...] = ()
+    held_out: Mapping[str, Lock] = field(
+        default_factory=dict
+    )  # sets that filters compare with, by `set_name`
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self._content())
 
+    def admitted(self) -> tuple[Reference, ...]:
+        """The images of all classes, each once."""
+        return tuple({r.sha256: r for references in self.classes.values() for r in references}.values())
+
     def _content(self) -> dict[str, Any]:
+        # what has no held-out sets has the same bytes as before there were any
+        held_out = {name: lock._content() for name, lock in self.held_out.items()}
         return {
-            "version": LOCK_VERSION,
+            **({"held_out": held_out} if held_out else {}),
+            "version": LOCK_VERSION if held_out else 1,
             "classes": {label: [asdict(r) for r in refs] for label, refs in self.classes.items()},
             "quarantined": [asdict(q) for q in self.quarantined],
         }
@@ -52,9 +63,14 @@ class Lock:
             raise UserError(
                 f"{name}: written by a newer seedloom (format {content['version']}); upgrade to read it"
             )
+        return cls._of(content)
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> Lock:
         return cls(
             {label: tuple(Reference(**r) for r in refs) for label, refs in content["classes"].items()},
             tuple(Quarantined(**q) for q in content["quarantined"]),
+            {name: cls._of(inner) for name, inner in content.get("held_out", {}).items()},
         )
 
     def account(self) -> dict[str, dict[str, int]]:
@@ -93,6 +109,33 @@ def scan(settings: ReadSettings | None, store: Store) -> Lock:
         {label: tuple(sorted(classes[label], key=lambda r: r.sha256)) for label in sorted(classes)},
         tuple(sorted(admission.quarantined, key=lambda q: (q.label, q.origin))),
     )
+
+
+def scan_all(config: BuildConfig, store: Store) -> Lock:
+    """The references of a build, with the held-out sets of its filters. Raises `UserError`."""
+    held_out = {}
+    for settings in held_out_sets(config):
+        try:
+            lock = scan(settings, store)
+        except UserError as error:
+            raise UserError(f"filter held_out: {error}") from error
+        if not lock.classes:
+            raise UserError(f"filter held_out: {settings.uri!r} has no image that can be read")
+        held_out[set_name(settings)] = lock
+    return replace(scan(config.references, store), held_out=held_out)
+
+
+def held_out_sets(config: BuildConfig) -> list[ReadSettings]:
+    """The sources of the held-out sets that filters of a config name."""
+    parts = (config, *config.recipes.values(), *config.targets)
+    filters: list[Any] = [settings for part in parts for settings in part.filter or ()]
+    found = [f.held_out for f in filters if method_of("filter", f).compares == "held_out"]
+    return list({set_name(settings): settings for settings in found}.values())
+
+
+def set_name(settings: Settings) -> str:
+    """What a held-out set is called in a lock."""
+    return fingerprint(settings.model_dump(mode="json"))
 
 
 def reference_name(digest: str) -> str:

@@ -84,6 +84,14 @@ class Selection:
         return not self.unknown
 
 
+@dataclass(frozen=True, eq=False)
+class Signatures:
+    """By what the candidates of a unit are compared. Shape letters: U candidates, E features."""
+
+    hash_U: np.ndarray  # int64
+    embedding_UE: np.ndarray  # float32, of unit length; NaN for failed candidates
+
+
 class _Names:
     """Numbers for a few names, in the order of their first use."""
 
@@ -134,8 +142,13 @@ class Stream:
     def knows(self, unit: int) -> bool:
         return unit < len(self._passed) and bool(self._passed[unit] != _UNKNOWN)
 
-    def learn(self, unit: int, outcomes: Sequence[str], environment: str) -> None:
-        """What a unit holds. One beyond the cap, or known already, changes nothing."""
+    def learn(
+        self, unit: int, outcomes: Sequence[str], environment: str, signatures: Signatures | None = None
+    ) -> None:
+        """What a unit holds. One beyond the cap, or known already, changes nothing.
+
+        Signatures are for streams whose candidates are compared with each other (`pipeline.distinct`).
+        """
         if unit >= self.max_units or self.knows(unit):
             return
         numbers = self._rules.numbers(outcomes)[None]
@@ -172,6 +185,18 @@ class Stream:
         """Know nothing of these units any more."""
         lost = np.fromiter(units, np.int64)
         self._passed[lost[lost < len(self._passed)]] = _UNKNOWN
+        self._look()
+
+    def passes(self, index: int) -> bool:
+        """Whether a candidate of a known unit passed."""
+        return bool(self._outcomes[divmod(index, self.unit_size)] == _PASSED)
+
+    def revise(self, outcomes: Mapping[int, str]) -> None:
+        """Give candidates of known units another outcome."""
+        for index, outcome in outcomes.items():
+            place = divmod(index, self.unit_size)
+            self._outcomes[place] = self._rules.numbers([outcome])[0]
+            self._passed[place[0]] = (self._outcomes[place[0]] == _PASSED).sum()
         self._look()
 
     def needed(self, start: int = 0) -> Iterator[int]:

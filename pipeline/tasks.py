@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.select import Signatures
 from pipeline.telemetry import Telemetry
 from schemas.records import Reference
 
@@ -43,7 +44,7 @@ class AssessTask:
 @dataclass(frozen=True)
 class PrepareTask:
     stream: str  # any stream with this artifact
-    kind: str  # of the stage that makes it
+    kind: str  # of the stage that makes it, or "filter NAME"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class UnitReceipt:
     generated: bool  # whether this call committed the part
     seconds: float  # device time of this call
     bytes: int  # of the part, when generated
+    signatures: Signatures | None = None
 
 
 @dataclass(frozen=True)

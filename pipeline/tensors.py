@@ -17,6 +17,10 @@ from schemas.errors import Damaged
 from schemas.ids import sha256
 
 
+def artifact_name(artifact: str) -> str:
+    return f"artifacts/{artifact}/artifact.safetensors"
+
+
 def to_safetensors(tensors: Mapping[str, Tensor], measures: Mapping[str, Any] | None = None) -> bytes:
     """Tensors with what was measured of them, as bytes."""
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

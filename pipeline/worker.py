@@ -48,7 +48,7 @@ from pipeline.tasks import (
     UnitReceipt,
     UnitTask,
 )
-from pipeline.tensors import read_tensors, to_safetensors
+from pipeline.tensors import artifact_name, read_tensors, to_safetensors
 from schemas import tables
 from schemas.errors import UserError
 from schemas.ids import sha256
@@ -57,15 +57,14 @@ from stages import images
 from stages.backbones.device import default_device
 from stages.backbones.diffusion.load import load_backbone
 from stages.backbones.models import LoadedModels
+from stages.contract import Pairwise
 from stages.invert.gate import invert_typical
-
-
-def artifact_name(artifact: str) -> str:
-    return f"artifacts/{artifact}/artifact.safetensors"
-
 
 # Of a GPU's memory, what a batch that is chosen may take: a build finds less of it free than a trial does.
 MEMORY_SHARE = 0.85
+
+# Images that a filter looks at together, of those that candidates are compared with.
+COMPARED_AT_ONCE = 16
 
 # So many candidates of a unit, all of them failed, say that the method is at fault and not they.
 TELLING = 4
@@ -87,6 +86,7 @@ class Worker:
         }
         self._seeds = lru_cache(maxsize=64)(self._load_seeds)
         self.materials = lru_cache(maxsize=64)(self._load_materials)
+        self._compared = lru_cache(maxsize=64)(self._load_compared)
 
     def run(self, task: Task) -> Receipt:
         """Carry out a task. Raises `UserError` for what a person must mend; others may be tried again."""
@@ -224,12 +224,22 @@ class Worker:
         return Done(len(references))
 
     def _prepare(self, stream: StreamPlan, kind: str) -> Receipt:
+        if kind.startswith("filter "):
+            return self._prepare_filter(next(f for f in stream.filters if f"filter {f.method.name}" == kind))
         dag = self.dags[stream.recipe]
         with self.device.computing("prepare"):
             made = dag.prepare(
                 stream, kind, self._images, self._seeds(stream.id) if kind == "combine" else None
             )
         self.store.put_new(artifact_name(stream.artifacts[kind]), to_safetensors(made))
+        return Done(1)
+
+    def _prepare_filter(self, chosen: FilterPlan) -> Receipt:
+        assert chosen.artifact is not None
+        batches = (self._images(some) for some in in_batches(chosen.compared, COMPARED_AT_ONCE))
+        with self.device.computing("prepare"):
+            made = chosen.method.prepare(self.models, batches)
+        self.store.put_new(artifact_name(chosen.artifact), to_safetensors(made))
         return Done(1)
 
     # --- generate and score ------------------------------------------------------------------------------
@@ -257,7 +267,9 @@ class Worker:
         committed = account(self.store, stream, task.unit)
         assert committed is not None  # written above, by this call or by another
         seconds = sum(self.device.seconds().values())
-        return UnitReceipt(committed.outcomes, committed.environment, written > 0, seconds, written)
+        return UnitReceipt(
+            committed.outcomes, committed.environment, written > 0, seconds, written, committed.signatures
+        )
 
     def _candidates(
         self, stream: StreamPlan, alive: list[int], batch: list[int] | None = None
@@ -335,12 +347,13 @@ class Worker:
             return
         part = read_table(self.store, part_name(stream, unit), ["index", "image"])
         encoded = contents(part)
-        columns = score(stream, self.models, encoded, chosen.method, self.device.computing)
+        artifact = self._compared(chosen.artifact) if chosen.artifact else None
+        columns = score(stream, self.models, encoded, chosen.method, self.device.computing, artifact)
         rows = [
             {"index": index, **{name: column[place] for name, column in columns.items()}}
             for place, index in enumerate(part.column("index").to_pylist())
         ]
-        schema = tables.scores(chosen.method.columns())
+        schema = tables.scores(chosen.method.columns(), isinstance(chosen.method, Pairwise))
         metadata = {"version": tables.VERSION, "filter": chosen.method.name}
         self.store.put_new(name, to_parquet(rows, schema, metadata))
 
@@ -351,6 +364,10 @@ class Worker:
         stream = self.plan.by_id[stream_id]
         artifacts = {kind: self._artifact(stream, kind) for kind in stream.artifacts}
         return Materials(self._seeds(stream_id) if stream.seeds else None, artifacts, self._images)
+
+    def _load_compared(self, artifact: str) -> dict[str, Tensor]:
+        made = read_tensors(self.store, artifact_name(artifact))
+        return {name: tensor.to(self.device.torch) for name, tensor in made.items()}
 
     def _artifact(self, stream: StreamPlan, kind: str) -> dict[str, Tensor]:
         made = read_tensors(self.store, artifact_name(stream.artifacts[kind]))

@@ -62,12 +62,17 @@ def score_name(filter_name: str, column: str) -> str:
     return name if column == name else f"{name}_{column}"
 
 
-def scores(columns: Sequence[str]) -> pa.Schema:
-    """Scores of a part by one filter: null for failed candidates."""
+# By what filters compare candidates with each other.
+SIGNATURE = {"hash": pa.int64(), "embedding": pa.list_(pa.float32())}
+
+
+def scores(columns: Sequence[str], signature: bool = False) -> pa.Schema:
+    """Scores of a part by one filter, with a signature if it has one: null for failed candidates."""
     return pa.schema(
         [
             pa.field("index", pa.int64(), nullable=False),
             *[pa.field(column, pa.float64()) for column in columns],
+            *[pa.field(name, kind) for name, kind in SIGNATURE.items() if signature],
         ]
     )
 

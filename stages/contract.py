@@ -10,14 +10,14 @@ Images are float32 RGB in [-1, 1], latents are float32, unless said otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from schemas.ids import random_stream
-from schemas.records import Combination, Verdict
+from schemas.records import Combination, Reference, Verdict
 from schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -457,6 +457,7 @@ class Question:
     target: str
     prompt: str
     others: Mapping[str, str] = field(default_factory=dict)  # every other class of the build → its prompt
+    artifact: Mapping[str, Tensor] = field(default_factory=dict)  # what the filter's `prepare` made
 
 
 class Measure(Method):
@@ -466,6 +467,12 @@ class Measure(Method):
 
     uses_backbone: ClassVar[bool] = False
     """Whether the scores depend on the backbone."""
+
+    compares: ClassVar[Literal["references", "held_out"] | None] = None
+    """Which other images candidates are compared with: those that the target has, or a held-out set."""
+
+    compared: Sequence[Reference] = ()
+    """These images, in the order in which `prepare` saw them. Is set by a plan."""
 
     def models(self) -> Mapping[str, str]:
         """The scoring models that the method uses, kind → name, for fingerprints."""
@@ -485,6 +492,10 @@ class Measure(Method):
         Is asked when a build is planned, so it must not load weights.
         """
 
+    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "B 3 h w"]]) -> dict[str, Tensor]:
+        """What is kept of the images that candidates are compared with; made once."""
+        raise NotImplementedError
+
     @abstractmethod
     def score(
         self, models: Models, image_B3hw: Float[Tensor, "B 3 h w"], question: Question
@@ -503,3 +514,30 @@ class Filter(Measure):
     @abstractmethod
     def decide(self, scores: Mapping[str, float]) -> Verdict:
         """The verdict on one image from its scores and the thresholds of the settings. Pure."""
+
+
+@dataclass(frozen=True)
+class Near:
+    """Which of some images another is too near to: its place among them, and how near it is."""
+
+    place: int
+    score: float
+    threshold: float
+    reason: str  # "2 bits and cosine 0.9991"
+
+
+class Pairwise(Filter):
+    """A filter that also compares candidates with each other, by a signature that is stored as a score.
+
+    `score` and `prepare` give two columns more: `hash` (64 bits as int64) and `embedding` (E, unit length).
+    """
+
+    @abstractmethod
+    def nearest(
+        self,
+        own_hash: int,
+        own_E: Float[np.ndarray, " E"],
+        hash_N: Int[np.ndarray, " N"],
+        embedding_NE: Float[np.ndarray, "N E"],
+    ) -> Near | None:
+        """The nearest of the images that are too near to one; None when there are none. Pure."""

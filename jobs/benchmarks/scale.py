@@ -312,7 +312,7 @@ def _resume(folder: str, candidates: int, latency: float) -> dict[str, Any]:
             for n, rows in enumerate(task.shards)
         ]
     clock.lap("pack")
-    manifest = write_manifest(store, plan, selections, {}, shards)
+    manifest = write_manifest(store, plan, selections, {}, shards, {})
     clock.lap("manifest")
     peak = _peak_mb()
     SlowStore.made.update({name: len(stream.units()) for name, stream in streams.items()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, StreamPlan
     from pipeline.store import Store
     from schemas.manifest import Manifest
+    from schemas.records import Verdict
 
 CARDS = 1000  # candidates on a page
 REFERENCES = 600  # reference pictures on a page; with both a page stays below 10 MB
@@ -82,14 +83,17 @@ class Gathered:
 
 def gather(store: Store, plan: Plan, pages: int | None) -> Gathered:
     """Look at every candidate of the build; keep those that the first `pages` pages may show."""
+    from pipeline.distinct import told_of
+
     # a candidate that many of its own stratum precede is not on these pages, whatever the others are
     limit = None if pages is None else pages * CARDS
     found: list[tuple[int, int, Place]] = []
     scores: dict[str, Histogram] = {}
+    told = told_of(store, plan.build_id).rejected
     total = 0
     for number, stream in enumerate(plan.streams):
         ranks: Counter[str] = Counter()
-        for place in _candidates(store, stream):
+        for place in _candidates(store, stream, told):
             total += 1
             for name, value in place.scores.items():
                 if value is not None:
@@ -106,8 +110,11 @@ def gather(store: Store, plan: Plan, pages: int | None) -> Gathered:
     return Gathered([place for _, _, place in found], dict(sorted(scores.items())), total)
 
 
-def _candidates(store: Store, stream: StreamPlan) -> Iterator[Place]:
-    """The candidates that selection looked at, in their order, with its verdicts."""
+def _candidates(store: Store, stream: StreamPlan, told: Mapping[str, Verdict]) -> Iterator[Place]:
+    """The candidates that selection looked at, in their order, with its verdicts.
+
+    `told`: key → why a candidate was rejected because of others.
+    """
     from pipeline.parts import judge, part_name, read_table, scores_name
     from schemas.tables import PART, score_name
 
@@ -117,7 +124,10 @@ def _candidates(store: Store, stream: StreamPlan) -> Iterator[Place]:
         if owed <= 0:
             return
         rows = read_table(store, part_name(stream, unit), columns).to_pylist()
-        scored = [read_table(store, scores_name(stream, f, unit)).to_pylist() for f in stream.filters]
+        scored = [
+            read_table(store, scores_name(stream, f, unit), ["index", *f.method.columns()]).to_pylist()
+            for f in stream.filters
+        ]
         for number, row in enumerate(rows):
             own = [table[number] for table in scored]
             scores = {
@@ -128,7 +138,7 @@ def _candidates(store: Store, stream: StreamPlan) -> Iterator[Place]:
             place = Place(stream, unit, row, scores, "failed", reason=row["error"] or "")
             if row["status"] == "ok":
                 verdicts = judge(stream, own)
-                refused = next((v for v in verdicts if not v.passed), None)
+                refused = next((v for v in verdicts if not v.passed), told.get(row["key"]))
                 if refused is not None:
                     place.verdict, place.rule, place.reason = "rejected", refused.rule, refused.reason
                 else:

@@ -57,12 +57,14 @@ def sheet(store: Any, manifest: Any, plan: Any, rows: int) -> Image:
 
 def _pictures(store: Any, plan: Any, target: str, label: str, rows: int) -> dict[str, list[Image]]:
     """Heading → the first images of a target, in candidate order."""
+    from pipeline.distinct import told_of
     from pipeline.pack import read_unit
     from pipeline.parts import account
     from pipeline.references import fetch, reference_name
     from pipeline.select import FAILED, PASSED
     from stages.images import decode
 
+    told = told_of(store, plan.build_id).rejected
     wanted = {name: rows * columns for name, columns in COLUMNS}
     found: dict[str, list[Image]] = {name: [] for name in wanted}
     streams = [s for s in plan.streams if s.target == target]
@@ -80,6 +82,8 @@ def _pictures(store: Any, plan: Any, target: str, label: str, rows: int) -> dict
                 break
             candidates = read_unit(store, plan, stream.id, unit)
             for candidate, outcome in zip(candidates, judged.outcomes, strict=True):
+                if outcome == PASSED and candidate["key"] in told:
+                    outcome = told[candidate["key"]].rule
                 if outcome == FAILED or (outcome == PASSED and owed <= 0):
                     continue  # the latter is surplus
                 owed -= outcome == PASSED

@@ -13,8 +13,7 @@ from pipeline.ledger import named, replan
 from pipeline.parts import part_name, read_table
 from pipeline.seeds import load_seeds
 from pipeline.store import Store
-from pipeline.tensors import read_tensors
-from pipeline.worker import artifact_name
+from pipeline.tensors import artifact_name, read_tensors
 from schemas.ids import sha256
 from stages.combine.direction import (
     EDITS,
