@@ -31,9 +31,7 @@ class Lock:
 
     classes: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
     quarantined: tuple[Quarantined, ...] = ()
-    held_out: Mapping[str, Lock] = field(
-        default_factory=dict
-    )  # sets that filters compare with, by `set_name`
+    held_out: Mapping[str, Lock] = field(default_factory=dict)  # sets of filters, by `set_name`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,8 +125,8 @@ def scan_all(config: BuildConfig, store: Store) -> Lock:
 
 def held_out_sets(config: BuildConfig) -> list[ReadSettings]:
     """The sources of the held-out sets that filters of a config name."""
-    parts = (config, *config.recipes.values(), *config.targets)
-    filters: list[Any] = [settings for part in parts for settings in part.filter or ()]
+    parts: tuple[Any, ...] = (config, *config.recipes.values(), *config.targets)
+    filters = [settings for part in parts for settings in part.filter or ()]
     found = [f.held_out for f in filters if method_of("filter", f).compares == "held_out"]
     return list({set_name(settings): settings for settings in found}.values())
 

@@ -163,6 +163,7 @@ def _thresholds(stream: StreamPlan) -> dict[str, float]:
 
 def cards(store: Store, uri: str, manifest: Manifest, plan: Plan, places: Sequence[Place]) -> dict[str, Any]:
     """The candidates of one page with their pictures, and those of the references that they come from."""
+    from pipeline.distinct import told_of
     from pipeline.parts import part_name, read_table
     from pipeline.references import fetch, reference_name
     from stages.images import decode
@@ -194,6 +195,10 @@ def cards(store: Store, uri: str, manifest: Manifest, plan: Plan, places: Sequen
         for label, references in plan.lock.classes.items()
     }
     twins = _twins(places, hashes)
+    alike: dict[str, list[str]] = {}  # in other targets, where a filter looked for that
+    for one, other, _ in told_of(store, plan.build_id).across:
+        alike.setdefault(one, []).append(other)
+        alike.setdefault(other, []).append(one)
     made = []
     for number, place in enumerate(places):
         row, label = place.row, place.stream.label
@@ -217,7 +222,7 @@ def cards(store: Store, uri: str, manifest: Manifest, plan: Plan, places: Sequen
                 "trace": [_short(v) for v in row["generate_trace"]],
                 "picture": pictures[number],
                 "nearest": _nearest(hashes[number], {d: known[d] for d in by_class.get(label, ())}),
-                "twins": twins[number],
+                "twins": [*twins[number], *alike.get(row["key"], [])],
                 "reproduce": f"seedloom reproduce {_quoted(uri)} {row['key']} --build {manifest.build_id}",
             }
         )

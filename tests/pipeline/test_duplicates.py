@@ -157,10 +157,15 @@ def test_other_targets_may_look_the_same_and_it_is_told(tmp_path, seedloom):
 def test_a_page_shows_the_reason(tmp_path, seedloom):
     path = blocks(tmp_path)
     assert seedloom("build", path).code == 0
-    ended = seedloom("report", tmp_path / "out")
+    page = tmp_path / "page.html"
+    ended = seedloom("report", tmp_path / "out", "--out", page)
     assert ended.code == 0, ended.err
-    pages = list((tmp_path / "out").rglob("*.html"))
-    assert any("duplicates.candidate" in page.read_text() for page in pages)
+    data = json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0])
+    cards = {card["key"]: card for card in data["cards"]}
+    told = told_of(Store(str(tmp_path / "out")), run(path).manifest.build_id)
+    assert len(told.rejected) == 3
+    assert {k for k, card in cards.items() if card["rule"] == "duplicates.candidate"} == told.rejected.keys()
+    assert all(cards[key]["reason"] == verdict.reason for key, verdict in told.rejected.items())
 
 
 def test_a_held_out_image_is_no_candidate(tmp_path):
