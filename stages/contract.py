@@ -492,7 +492,7 @@ class Measure(Method):
         Is asked when a build is planned, so it must not load weights.
         """
 
-    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "B 3 h w"]]) -> dict[str, Tensor]:
+    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> dict[str, Tensor]:
         """What is kept of the images that candidates are compared with; made once."""
         raise NotImplementedError
 

@@ -73,7 +73,7 @@ class Duplicates(Pairwise):
     def columns(self) -> tuple[str, ...]:
         return ()
 
-    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "B 3 h w"]]) -> dict[str, Tensor]:
+    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> dict[str, Tensor]:
         found = [self._signature(models, image_B3hw) for image_B3hw in batches]
         return {
             "hash": torch.from_numpy(np.concatenate([hash_B for hash_B, _ in found])),

@@ -49,7 +49,7 @@ class Leakage(Filter):
     def columns(self) -> tuple[str, ...]:
         return ("cosine", "nearest")
 
-    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "B 3 h w"]]) -> dict[str, Tensor]:
+    def prepare(self, models: Models, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> dict[str, Tensor]:
         return {"embedding": torch.cat([self._features(models, image_B3hw).cpu() for image_B3hw in batches])}
 
     def score(
