@@ -1,26 +1,48 @@
-"""`seedloom plan FILE`: what a build would do, and what is there already. Loads no model, writes nothing."""
+"""`seedloom plan FILE`: what a build would do, and what is there already. Loads no model, writes nothing.
+
+With `--pilot N` it also makes a small build and forecasts (`jobs.pilot`).
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from jobs.options import ConfigFile, Json, Overrides
 
 MEASURED = 64  # parts, to say how many bytes a candidate takes
 
 
-def plan(file: ConfigFile, overrides: Overrides = None, json: Json = False) -> None:
+def plan(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Make N candidates of each target, in OUTPUT/pilot, and forecast acceptance, device-hours,"
+            " bytes and cost.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Targets, quotas, candidates at most, units, bytes, and what is there already."""
+    from jobs.pilot import run_pilot, show
     from pipeline.config import load
 
-    facts = describe(load(file, overrides or []))
+    config = load(file, overrides or [])
+    forecast = None if pilot is None else run_pilot(config, pilot)
+    facts = describe(config) | ({"pilot": forecast} if forecast else {})
     if json:
         import json as json_library
 
         print(json_library.dumps(facts))
         return
     _print(facts)
+    if forecast:
+        show(forecast, _size)
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def build(config: BuildConfig, telemetry: Telemetry, make_runner: Callable[[Plan
             manifest, plan.build_folder, True, seconds, units.generated,
             round(units.busy_seconds / available, 4) if available else None,
         )  # fmt: skip
-        _write_run(store, plan, result, runner, started)
+        _write_run(store, plan, result, runner, started, units.of_stream)
     return result
 
 
@@ -402,7 +402,14 @@ def _pack(
     return shards, outdated
 
 
-def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started: float) -> None:
+def _write_run(
+    store: Store,
+    plan: Plan,
+    result: Result,
+    runner: Runner,
+    started: float,
+    of_stream: Mapping[str, Mapping[str, float]],
+) -> None:
     """Times and hosts: what differs between two runs of one build, and nothing else depends on."""
     facts = {
         "build_id": plan.build_id,
@@ -411,6 +418,8 @@ def _write_run(store: Store, plan: Plan, result: Result, runner: Runner, started
         "seconds": result.seconds,
         "units_generated": result.units,
         "busy_share": result.busy_share,
+        "streams": {name: dict(made) for name, made in of_stream.items()},
+        "device": next((e["device"] for e in result.manifest.environments), ""),
         "workers": runner.workers,
         "restarts": runner.restarts,
         "retries": runner.retries,

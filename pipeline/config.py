@@ -215,6 +215,9 @@ class Run(Settings):
     """Workers start only on nodes that have one of these labels under each key."""
     heartbeat: float = Field(default=15, gt=0)
     """Seconds between the signs of life of a run; after four without one, another run takes its place."""
+    price_per_device_hour: float | None = Field(default=None, ge=0)
+    """What a device costs for an hour, in any currency: a pilot then forecasts costs. A device is a GPU, or
+    a worker where there is none."""
     retries: int = Field(default=3, ge=0)
     """How often a unit is tried again after its worker died or an unexpected error."""
     unit_timeout: float | None = Field(default=None, gt=0)

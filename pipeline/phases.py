@@ -74,6 +74,7 @@ class Units:
         self.telemetry = telemetry
         self.generated = self.generated_bytes = self._finished = 0
         self.busy_seconds = 0.0
+        self.of_stream: dict[str, dict[str, float]] = {}  # stream → units made, and device seconds for them
         self._of_target: dict[str, list[StreamPlan]] = {}
         for stream in plan.streams:
             self._of_target.setdefault(stream.target, []).append(stream)
@@ -146,6 +147,10 @@ class Units:
         self.generated += receipt.generated
         self.generated_bytes += receipt.bytes
         self.busy_seconds += receipt.seconds
+        if receipt.generated:
+            made = self.of_stream.setdefault(task.stream, {"units": 0, "seconds": 0.0})
+            made["units"] += 1
+            made["seconds"] += receipt.seconds
         self.telemetry.tallies(tallies(self._of_target[target], self.streams))
         self._finished += 1
         self.telemetry.advance(1, self._finished + self.remaining())
