@@ -238,10 +238,9 @@ def tables(
 
 
 def _mean(measures: Sequence[Mapping[str, float]], metric: str) -> Measure:
-    from jobs.evaluate.metrics import Measure, student
+    from jobs.evaluate.metrics import measure
 
-    mean, low, high = student([m[metric] for m in measures])
-    return Measure(mean, low, high, len(measures))
+    return measure([m[metric] for m in measures])
 
 
 def decision(measured: Mapping[tuple[str, str, int], list[dict[str, float]]]) -> list[str]:

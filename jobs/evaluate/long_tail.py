@@ -17,12 +17,9 @@ drawings of the commonest class down to 5 of the rarest, or with --images any ot
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jobs.evaluate.harness import Arm, Built, Result
-    from jobs.evaluate.metrics import Difference, Measure
     from jobs.evaluate.small_network import Augmentation, Images, Loss
 
 SPLITS = ("train", "validation", "test")
@@ -75,8 +71,8 @@ QUICK = Size(most=120, least=10, held_out=2, made=2, steps=4, epochs=1, seeds=2,
 def recipes(steps: int) -> dict[str, dict[str, Any]]:
     """The ways of making images: those of the baselines, and the own ones."""
 
-    def drawn(guidance: float, **settings: Any) -> dict[str, Any]:
-        return {"method": "text_to_image", "steps": steps, "guidance": guidance, **settings}
+    def drawn(guidance: float) -> dict[str, Any]:
+        return {"method": "text_to_image", "steps": steps, "guidance": guidance}
 
     def changed(ratio: str) -> dict[str, Any]:
         return {"method": "image_to_image", "steps": steps, "guidance": 3.0, "ratio": ratio}
@@ -145,17 +141,15 @@ def grouped(counts: Sequence[int]) -> dict[str, list[int]]:
 
 def _world(folder: Path, size: Size) -> Path:
     """Tangram's long tail as image folders; no drawing is in two of them, or was ever trained on."""
-    from jobs.tangram.drawings import CLASSES, draw, generator
+    from jobs.tangram.drawings import CLASSES, write_drawings
 
     done = folder / "complete"
     if not done.exists():
+        falls = [(size.least / size.most) ** (rank / (len(CLASSES) - 1)) for rank in range(len(CLASSES))]
+        tail = {label: round(size.most * fall) for label, fall in zip(CLASSES, falls, strict=True)}
+        even = dict.fromkeys(CLASSES, size.held_out)
         for split in SPLITS:
-            for rank, label in enumerate(CLASSES):
-                (folder / split / label).mkdir(parents=True, exist_ok=True)
-                fall = (size.least / size.most) ** (rank / (len(CLASSES) - 1))
-                for index in range(round(size.most * fall) if split == "train" else size.held_out):
-                    picture, _ = draw(label, generator(f"long tail {split}", label, index))
-                    picture.save(folder / split / label / f"{index:04d}.png")
+            write_drawings(folder / split, tail if split == "train" else even, f"long tail {split}")
         done.touch()
     return folder
 
@@ -185,69 +179,14 @@ def _read(world: Path, split: str) -> tuple[list[str], Images, Images]:
 def _arm(
     name: str, world: Path, few: list[str], recipe: Mapping[str, Any], size: Size, chosen: Sequence[Any]
 ) -> Arm:
-    from jobs.evaluate.harness import Arm
-
-    target = {"classes": few, "accepted": size.made, "attempts": 12 if chosen else 1}
-    return Arm(
-        name,
-        {
-            "name": name,
-            "references": {"uri": str((world / "train").absolute())},
-            "recipes": {"made": {**recipe, "batch": 8}},
-            "targets": [target],
-            "filter": list(chosen),
-            "shard": {"image": "png"},
-        },
-    )
-
-
-# --- training -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: what it is called, and all that it depends on."""
-
-    arm: str
-    loss: Loss
-    augmentation: Augmentation
-    epochs: int
-    rng_seed: int
-    train: Images
-    judged: Images
-    classes: int
-    kept: Path  # where its figures stay
-
-
-def _carry_out(run: Run) -> None:
-    """Train, and keep the accuracy of each class by the losses that come of this training."""
-    import numpy as np
-    import torch
-
-    from jobs.evaluate import small_network as net
-
-    torch.set_num_threads(1)
-    model = net.train(
-        run.train, run.classes, loss=run.loss, augmentation=run.augmentation, epochs=run.epochs,
-        rng_seed=run.rng_seed,
+    folder = (world / "train").absolute()
+    return study.arm(
+        name, folder, few, {**recipe, "unit": 16}, size.made, 8,
+        target={"attempts": 12 if chosen else 1}, filter=list(chosen),
     )  # fmt: skip
-    logit_NK = net.logits(model, run.judged)
-    found: dict[str, Any] = {run.loss: net.accuracy_of_classes(logit_NK, run.judged)}
-    if run.loss == "cross-entropy":
-        prior_K = net.log_prior(run.train.counts(run.classes))
-        adjusted_NK = net.adjusted(logit_NK, prior_K)
-        found["logit adjustment"] = net.accuracy_of_classes(adjusted_NK, run.judged)
-    run.kept.parent.mkdir(parents=True, exist_ok=True)
-    part = run.kept.with_suffix(f".{os.getpid()}.npz")
-    np.savez(part, **found)
-    os.replace(part, run.kept)
 
 
-def _kept(run: Run) -> dict[str, np.ndarray]:
-    import numpy as np
-
-    with np.load(run.kept) as found:
-        return dict(found)
+# --- images -------------------------------------------------------------------------------------------------
 
 
 def _repeated(train: Images, few: Sequence[int], count: int) -> Images:
@@ -294,14 +233,11 @@ def _conclude(
     runner: str,
     workers: str,
 ) -> None:
-    from jobs.evaluate.harness import make
     from jobs.evaluate.report import Heading, write
-    from pipeline.store import Store
+    from jobs.evaluate.trainings import Training, accuracies
 
-    begin, where = time.monotonic(), str(out / "builds")
-    built = make(arms, where, {"runner": runner, "workers": int(workers) if workers.isdecimal() else workers})
-    building = time.monotonic() - begin
-    begin, store = time.monotonic(), Store(where)
+    store, built, building = study.make(arms, out, runner, workers)
+    begin = time.monotonic()
 
     sets: dict[str, tuple[Images, Augmentation]] = {}
     again = train.and_also(_repeated(train, groups["few"], size.made))
@@ -310,29 +246,26 @@ def _conclude(
     for title, one in built.items():
         sets[title] = (train.and_also(_made(store, one, classes)), "weak")
 
-    runs = []
-    keys = {title: f"{images.key()}-{judged.key()}-{how}" for title, (images, how) in sets.items()}
-    for loss in trained:
-        for seed in seeds:
-            for title, (images, augmentation) in sets.items():
-                kept = out / "runs" / f"{keys[title]}-{loss.split()[0]}-{size.epochs}-{seed}.npz"
-                runs.append(
-                    Run(title, loss, augmentation, size.epochs, seed, images, judged, len(classes), kept)
-                )
-    if missing := list({run.kept: run for run in runs if not run.kept.exists()}.values()):
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            list(pool.map(_carry_out, missing))
-    training = time.monotonic() - begin
-
-    accuracies: dict[tuple[str, str], list[np.ndarray]] = {}
-    for run in runs:
-        for name_of_loss, accuracy_K in _kept(run).items():
-            accuracies.setdefault((name_of_loss, run.arm), []).append(accuracy_K)
+    judges = judged.key()
+    keys = {title: f"{images.key()}-{judges}-{how}" for title, (images, how) in sets.items()}
+    trainings = [
+        (title, Training(
+            images, judged, len(classes), loss, how, size.epochs, seed,
+            out / "runs" / f"{keys[title]}-{loss.split()[0]}-{size.epochs}-{seed}.npz",
+        ))
+        for loss in trained for seed in seeds for title, (images, how) in sets.items()
+    ]  # fmt: skip
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    told = accuracies([training for _, training in trainings])
+    for (title, _), by_loss in zip(trainings, told, strict=True):
+        for loss_told, accuracy_K in by_loss.items():
+            found.setdefault((loss_told, title), []).append(accuracy_K)
+    took = time.monotonic() - begin
     ids = {title: one.manifest.build_id for title, one in built.items()}
     results = [
-        _result(told, accuracies, list(sets), groups, ids)
-        for told in LOSSES
-        if (told, AS_IT_IS) in accuracies
+        _result(loss_told, found, list(sets), groups, ids)
+        for loss_told in LOSSES
+        if (loss_told, AS_IT_IS) in found
     ]
     counts = ", ".join(f"{group} {len(groups[group])}" for group in GROUPS[:3])
     files = write(
@@ -343,8 +276,7 @@ def _conclude(
             f"Mean over {len(seeds)} training seeds, {seeds[0]} and up, with Student's 95 % interval;"
             " differences are paired by seed. Each arm has one build: the intervals say nothing of how builds"
             " differ. Filter: none, or a CLIP model that learned from balanced drawings.",
-            f"building: {building:.0f} s now, {sum(b.seconds for b in built.values()):.0f} s in the runs that"
-            f" completed the builds; training and judging: {training:.0f} s",
+            f"{building}; training and judging: {took:.0f} s",
         ],
     )  # fmt: skip
     print("\n".join(map(str, files)))
@@ -352,18 +284,17 @@ def _conclude(
 
 def _result(
     loss: str,
-    accuracies: Mapping[tuple[str, str], Sequence[np.ndarray]],
+    found: Mapping[tuple[str, str], Sequence[np.ndarray]],
     titles: Sequence[str],
     groups: Mapping[str, Sequence[int]],
     ids: Mapping[str, str],
 ) -> Result:
-    import numpy as np
-
     from jobs.evaluate.harness import Result
+    from jobs.evaluate.metrics import difference, measure
 
     present = [group for group in GROUPS if groups[group]]
     by_seed = {
-        (title, group): np.array([a[list(groups[group])].mean() for a in accuracies[loss, title]])
+        (title, group): [a[list(groups[group])].mean() for a in found[loss, title]]
         for title in titles
         for group in present
     }
@@ -375,23 +306,6 @@ def _result(
         for g in present
     }
     return Result(loss, "accuracy on a balanced test set", rows, differences, ids)
-
-
-def measure(value_S: np.ndarray) -> Measure:
-    """Mean over training seeds with Student's interval."""
-    from jobs.evaluate.metrics import Measure, student
-
-    return Measure(*student(value_S.tolist()), n=len(value_S))
-
-
-def difference(one_S: np.ndarray, other_S: np.ndarray) -> Difference:
-    """Mean difference over the same training seeds; shown if Student's interval leaves 0 outside."""
-    from jobs.evaluate.metrics import Difference, student
-
-    value, low, high = student((one_S - other_S).tolist())
-    if low is None or high is None or low <= 0 <= high:
-        return Difference(value, low, high, "not shown")
-    return Difference(value, low, high, "higher" if value > 0 else "lower")
 
 
 if __name__ == "__main__":

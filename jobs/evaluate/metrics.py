@@ -107,9 +107,13 @@ def compare(one: Measure, other: Measure) -> Difference:
     if one.resampled_R is None or other.resampled_R is None:
         return Difference(value, None, None, "not shown")
     half = SIDES * float(np.nanstd(one.resampled_R - other.resampled_R, ddof=1))
-    low, high = value - half, value + half
+    return _told(value, value - half, value + half)
+
+
+def _told(value: float, low: float | None, high: float | None) -> Difference:
+    """A difference is shown if its interval leaves 0 outside."""
     verdict: Literal["higher", "lower", "not shown"] = "not shown"
-    if low > 0 or high < 0:
+    if low is not None and high is not None and (low > 0 or high < 0):
         verdict = "higher" if value > 0 else "lower"
     return Difference(value, low, high, verdict)
 
@@ -123,6 +127,16 @@ def student(values: Sequence[float]) -> tuple[float, float | None, float | None]
         return mean, None, None
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
     return mean, mean - half, mean + half
+
+
+def measure(values: Sequence[float]) -> Measure:
+    """Mean of independent values, such as those of several training seeds, with Student's interval."""
+    return Measure(*student(values), n=len(values))
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """Mean difference of values that belong together in pairs, with Student's interval."""
+    return _told(*student(np.subtract(one, other).tolist()))
 
 
 # --- statistics: of a set in which each image stands `times` ----------------------------------------------

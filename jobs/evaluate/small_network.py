@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from jobs.tangram.data import to_model
 from jobs.train.classifier import log_prior
 from schemas.ids import random_stream, sha256
 
@@ -77,19 +78,14 @@ def train(
     augmentation: Augmentation,
     epochs: int,
     rng_seed: int,
-    prior: Float[Tensor, " K"] | None = None,
 ) -> nn.Module:
-    """A network trained on images: AdamW, one cycle, equal bits for equal arguments and threads.
-
-    Args:
-        prior: log prior (K) of Balanced Softmax; by default that of the images.
-    """
+    """A network trained on images: AdamW, one cycle, equal bits for equal arguments and threads."""
     rng = torch.Generator().manual_seed(int(random_stream("small network", rng_seed).integers(2**31)))
     with torch.random.fork_rng():  # weights, and torchvision's MixUp, know no generator
         torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
         model = network(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        shift_K = log_prior(images.counts(classes)) if prior is None else prior
-        shift_K = shift_K if loss == "balanced softmax" else torch.zeros(classes)
+        strength = 1.0 if loss == "balanced softmax" else 0.0
+        shift_K = strength * log_prior(images.counts(classes))
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         steps = epochs * -(-len(images.label_N) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -127,14 +123,14 @@ def accuracy_of_classes(logit_NK: Float[Tensor, "N K"], images: Images) -> np.nd
 
 
 def shrink(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    """A picture as SIDE × SIDE pixels."""
-    small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+    """An RGB picture as SIDE × SIDE pixels."""
+    small = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
 def to_float(pixels_B3hw: UInt8[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 h w"]:
     """From 0 … 255 to -1 … 1, channels last in memory."""
-    return pixels_B3hw.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    return to_model(pixels_B3hw).contiguous(memory_format=torch.channels_last)
 
 
 def _augment(name: Augmentation) -> Callable[[Tensor], Tensor]:
@@ -152,10 +148,9 @@ def _augment(name: Augmentation) -> Callable[[Tensor], Tensor]:
         grid = F.affine_grid(torch.stack([x_B3, y_B3], 1), list(image_B3hw.shape), align_corners=False)
         image_B3hw = F.grid_sample(image_B3hw, grid, padding_mode="border", align_corners=False)
         if strong:
-            light_2B = (torch.rand(2, b, 1, 1, 1) * 2 - 1) * torch.tensor([CONTRAST, BRIGHTNESS]).view(
-                2, 1, 1, 1, 1
-            )
-            image_B3hw = (image_B3hw * (1 + light_2B[0]) + light_2B[1]).clamp(-1, 1)
+            contrast_B, brightness_B = torch.rand(2, b, 1, 1, 1) * 2 - 1
+            image_B3hw = image_B3hw * (1 + CONTRAST * contrast_B) + BRIGHTNESS * brightness_B
+            image_B3hw = image_B3hw.clamp(-1, 1)
         return image_B3hw
 
     if name == "none":

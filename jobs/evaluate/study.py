@@ -14,6 +14,7 @@ from schemas.errors import UserError
 if TYPE_CHECKING:
     from jobs.evaluate.harness import Arm, Built, Real, Result, Seen, Table, View
     from jobs.evaluate.metrics import Measure
+    from pipeline.store import Store
 
 Classes = Annotated[
     list[str] | None, typer.Option("--class", help="A class of tangram. May be repeated; by default all.")
@@ -55,7 +56,10 @@ def arm(
     batch: int,
     **further: Any,
 ) -> Arm:
-    """An arm of one recipe: no filter, one attempt, so that its images are what the method makes."""
+    """An arm of one recipe. Unless said otherwise it has no filter and one attempt: what the method makes.
+
+    A recipe that names no `unit` has units of a batch.
+    """
     from jobs.evaluate.harness import Arm
 
     target = {"classes": classes, "accepted": count, "attempts": 1, **further.pop("target", {})}
@@ -64,12 +68,27 @@ def arm(
         {
             "name": name,
             "references": {"uri": str(folder)},
-            "recipes": {"made": {**recipe, "unit": batch, "batch": batch}},
+            "recipes": {"made": {"unit": batch, **recipe, "batch": batch}},
             "targets": [target],
             "shard": {"image": "png"},
             **further,
         },
     )
+
+
+def make(arms: Sequence[Arm], out: Path, runner: str, workers: str) -> tuple[Store, dict[str, Built], str]:
+    """Build the arms below a folder, or find them built: their store, the builds, and how long it took."""
+    from jobs.evaluate import harness
+    from pipeline.store import Store
+
+    begin, store = time.monotonic(), str(out / "builds")
+    run = {"runner": runner, "workers": int(workers) if workers.isdecimal() else workers}
+    built = harness.make(arms, store, run)
+    told = (
+        f"building: {time.monotonic() - begin:.0f} s now, {sum(b.seconds for b in built.values()):.0f} s in"
+        " the runs that completed the builds"
+    )
+    return Store(store), built, told
 
 
 def conclude(
@@ -92,17 +111,14 @@ def conclude(
 
     A table may have the row `REAL`: other fresh drawings in the numbers of the first arm.
     """
-    from jobs.evaluate.harness import Real, drawn_like, look, make, tabulate
+    from jobs.evaluate.harness import Real, drawn_like, look, tabulate
     from jobs.evaluate.metrics import Observers
     from jobs.evaluate.report import write
-    from pipeline.store import Store
 
-    begin, store = time.monotonic(), str(out / "builds")
-    built = make(arms, store, {"runner": runner, "workers": int(workers) if workers.isdecimal() else workers})
-    building = time.monotonic() - begin
+    store, built, building = make(arms, out, runner, workers)
     begin = time.monotonic()
     observers = Observers()
-    seen = {title: look(Store(store), one, observers) for title, one in built.items()}
+    seen = {title: look(store, one, observers) for title, one in built.items()}
     seen[REAL] = drawn_like(seen[arms[0].name], observers)
     fresh = Real.seen_by(observers, classes, real)
 
@@ -112,10 +128,7 @@ def conclude(
     results = [tabulate(table, seen, fresh, built, more) for table in tables]
     sheets = pictures(built)
     measuring = time.monotonic() - begin
-    told = (
-        f"building: {building:.0f} s now, {sum(b.seconds for b in built.values()):.0f} s in the runs that"
-        f" completed the builds; measuring: {measuring:.0f} s"
-    )
+    told = f"{building}; measuring: {measuring:.0f} s"
     files = write(out, name, results, headings, [*remarks(results), *notes, told])
     print("\n".join(str(file) for file in [*files, *sheets]))
 

@@ -9,7 +9,7 @@ Shape letters: H W image (64, 64), C colour channels (RGB, 0..1).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,11 +132,16 @@ def caption(attributes: Attributes, rng: np.random.Generator) -> str:
 
 def write_references(folder: Path, classes: Iterable[str], per_class: int, rng_seed: int = 0) -> list[Path]:
     """Write an ImageFolder of PNG drawings (folder/class/0000.png), held out from all training."""
+    return write_drawings(folder, dict.fromkeys(classes, per_class), "references", rng_seed)
+
+
+def write_drawings(folder: Path, counts: Mapping[str, int], split: str, rng_seed: int = 0) -> list[Path]:
+    """Write counts[shape] drawings of each shape of a split as an ImageFolder (folder/class/0000.png)."""
     paths = []
-    for shape in classes:
+    for shape, count in counts.items():
         (folder / shape).mkdir(parents=True, exist_ok=True)
-        for index in range(per_class):
-            image, _ = draw(shape, generator("references", shape, index, rng_seed))
+        for index in range(count):
+            image, _ = draw(shape, generator(split, shape, index, rng_seed))
             paths.append(folder / shape / f"{index:04d}.png")
             image.save(paths[-1])
     return paths

@@ -22,10 +22,9 @@ from jobs.evaluate.long_tail import (
     _read,
     _repeated,
     _world,
-    difference,
     grouped,
-    measure,
 )
+from jobs.evaluate.metrics import difference, measure
 from jobs.tangram.drawings import CLASSES
 from schemas.errors import UserError
 from tests.small_build import seedloom  # noqa: F401  fixture
