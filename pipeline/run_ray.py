@@ -10,25 +10,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.config import Run
+from pipeline.capacity import Share, matching, share_of
 from pipeline.metrics import Measured, Metrics, Pace
 from pipeline.plan import Plan
 from pipeline.store import Store
-from pipeline.tasks import PackTask, ProbeTask, Receipt, Suspects, Task, UnitReceipt, UnitTask, Work
+from pipeline.tasks import (
+    PackTask,
+    Receipt,
+    Suspects,
+    Task,
+    UnitReceipt,
+    UnitTask,
+    Work,
+    facts_of,
+    identity,
+)
 from pipeline.telemetry import Telemetry
 from schemas.errors import UserError
 
@@ -103,67 +112,6 @@ def _obey_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# --- what there is room for --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one worker takes of a node."""
-
-    gpus: float
-    cpus: float
-
-    def places(self, nodes: Iterable[Mapping[str, float]]) -> int:
-        """How many workers fit on nodes with these resources. A worker is on one node, a share on one GPU."""
-        return sum(self._places(node.get("GPU", 0.0), node.get("CPU", 0.0)) for node in nodes)
-
-    def _places(self, gpus: float, cpus: float) -> int:
-        if not self.gpus:
-            return _whole(cpus / self.cpus)
-        return int(gpus) * _whole(1 / self.gpus) if self.gpus < 1 else int(gpus / self.gpus)
-
-
-def _whole(number: float) -> int:
-    return math.floor(number + 1e-6)  # 1 / (1 / 3) is 3
-
-
-def matching(nodes: Iterable[Mapping[str, Any]], labels: Mapping[str, Any]) -> list[Mapping[str, float]]:
-    """The resources of the living nodes that have one of these labels under each key."""
-    return [
-        node["Resources"]
-        for node in nodes
-        if node["Alive"] and all(node["Labels"].get(key) in _several(value) for key, value in labels.items())
-    ]
-
-
-def _several(value: str | Sequence[str]) -> Sequence[str]:
-    return (value,) if isinstance(value, str) else value
-
-
-def share_of(run: Run, nodes: Sequence[Mapping[str, float]]) -> Share:
-    """What each worker takes of nodes with these resources. Raises `UserError`."""
-    share = run.gpus_per_worker
-    if share > 1 and share % 1:
-        raise UserError(
-            f"run.gpus_per_worker: {share:g} given; allowed are a share of one GPU, or a whole number"
-        )
-    most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
-    if 0 < most < share:
-        raise UserError(
-            f"run.gpus_per_worker: {share:g} given; allowed are a share of one GPU, or a whole number up"
-            f" to the {most:g} that a node has"
-        )
-    if most or run.device == "gpu":
-        return Share(share, 0)  # a GPU worker must not wait for a CPU
-    # CPU workers share what there is, where there are to be more of them than fit
-    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0) or 1.0
-    cpus = min(float(run.threads_per_worker), largest)
-    divisor = 1
-    while run.workers != "auto" and nodes and Share(0, cpus / divisor).places(nodes) < run.workers:
-        divisor += 1
-    return Share(0, math.floor(cpus / divisor * 1e4) / 1e4)  # as fine as Ray counts
-
-
 @dataclass(eq=False)
 class _Seat:
     """A place for an actor, and what its actor is doing."""
@@ -176,11 +124,6 @@ class _Seat:
     tasks: list[Task] = field(default_factory=list)
     alone: bool = False  # its task may have killed or hung an actor: nothing else runs beside it
     since: float = 0.0  # when it completed something, or was given a task after it had none
-
-
-def identity(task: Task) -> Any:
-    """Equal for all tries of one piece of work, whatever is suspected of it."""
-    return (task.stream, task.unit) if type(task) is UnitTask else task
 
 
 class RayRunner:
@@ -308,6 +251,15 @@ class RayRunner:
             ray.kill(seat.actor)  # it may only be out of reach, and still hold its device
         self.seats.remove(seat)
 
+    def give_up(self, seat: _Seat, why: str) -> None:
+        """Drop an actor that did not do what it was to do, and tell of it."""
+        self.drop(seat)
+        self.restarts += 1
+        if self.metrics:
+            self.metrics.add("restarts")
+        tasks = [facts_of(self.plan, task) for task in seat.tasks]
+        _tell(logging.WARNING, why, build=self.plan.build_id, node=seat.node, tasks=tasks)
+
     def seat_those_of(self, loaded: Sequence[Any]) -> None:
         """Take the actors whose loading ended into service; give up those that could not load."""
         for seat in [s for s in self.seats if not s.up and s.loading in loaded]:
@@ -323,16 +275,8 @@ class RayRunner:
         cause = _cause(error)
         if isinstance(cause, UserError):
             raise cause from None
-        self.drop(seat)
-        self.restarts += 1
         gone = bool(seat.node) and not any(n["Alive"] and n["NodeID"] == seat.node for n in ray.nodes())
-        _tell(
-            logging.WARNING,
-            f"a worker was lost{' with its node' if gone else ''}: {_short(error)}",
-            build=self.plan.build_id, node=seat.node, tasks=[facts_of(self.plan, t) for t in seat.tasks],
-        )  # fmt: skip
-        if self.metrics:
-            self.metrics.add("restarts")
+        self.give_up(seat, f"a worker was lost{' with its node' if gone else ''}: {_short(error)}")
         if not gone:
             self.fruitless += 1
             patience = self.settings.retries + 1 if isinstance(error, RayTaskError) else FRUITLESS
@@ -538,21 +482,15 @@ class _Phase:
         for seat in list(self.runner.seats):
             if limit is None or not seat.tasks or now - seat.since <= limit:
                 continue
-            plan, tasks = self.runner.plan, [facts_of(self.runner.plan, task) for task in seat.tasks]
-            said = ", ".join(facts["task"] for facts in tasks)
-            _tell(
-                logging.WARNING,
-                f"a worker was ended that completed nothing for {limit:g} s: {said}",
-                build=plan.build_id, node=seat.node, tasks=tasks,
-            )  # fmt: skip
+            said = {identity(task): facts_of(self.runner.plan, task)["task"] for task in seat.tasks}
+            told = f"a worker was ended that completed nothing for {limit:g} s: {', '.join(said.values())}"
             self.forget(seat)
-            self.runner.drop(seat)
-            self.runner.restarts += 1
+            self.runner.give_up(seat, told)
             for task in seat.tasks:
                 self.hangs[identity(task)] += len(seat.tasks) == 1  # of two, one may only have waited
                 if self.hangs[identity(task)] > self.retries:
                     raise UserError(
-                        f"{facts_of(plan, task)['task']}: not done within {limit:g} s (run.unit_timeout),"
+                        f"{said[identity(task)]}: not done within {limit:g} s (run.unit_timeout),"
                         f" tried {self.hangs[identity(task)]} times; raise it, or see why it hangs. Nothing"
                         " is lost"
                     )
@@ -574,24 +512,6 @@ class _Phase:
             speed, share = self.pace.look(self.images, self.busy, runner.worker_seconds)
             up = sum(seat.up for seat in runner.seats)
             runner.metrics.set(images_per_second=speed, device_busy_share=share, workers=up)
-
-
-def facts_of(plan: Plan, task: Task) -> dict[str, Any]:
-    """What a log says of a task: in words, and its stream, unit and candidates where it has them."""
-    if isinstance(task, PackTask):
-        return {"task": f"the shards from {task.first:06d} on"}
-    stream = plan.by_id[task.stream]
-    kind = type(task).__name__.removesuffix("Task").lower()
-    if isinstance(task, (UnitTask, ProbeTask)):
-        first = task.unit * stream.unit
-        indices = [task.index] if isinstance(task, ProbeTask) else range(first, first + stream.unit)
-        return {
-            "task": f"{kind} {task.unit} of {stream.name}",
-            "stream": stream.id,
-            "unit": task.unit,
-            "candidates": [stream.key(index) for index in indices],
-        }
-    return {"task": f"{kind} of {stream.name}", "stream": stream.id}
 
 
 def _connect() -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.telemetry import Telemetry
 from schemas.records import Reference
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,29 @@ class Outdated:
 
 
 Receipt = Done | SeedsReceipt | UnitReceipt | Suspects | tuple[ShardReceipt, ...] | Outdated
+
+
+def identity(task: Task) -> Any:
+    """Equal for all tries of one piece of work, whatever is suspected of it."""
+    return (task.stream, task.unit) if type(task) is UnitTask else task
+
+
+def facts_of(plan: Plan, task: Task) -> dict[str, Any]:
+    """What a log says of a task: in words, and its stream, unit and candidates where it has them."""
+    if isinstance(task, PackTask):
+        return {"task": f"the shards from {task.first:06d} on"}
+    stream = plan.by_id[task.stream]
+    kind = type(task).__name__.removesuffix("Task").lower()
+    if isinstance(task, (UnitTask, ProbeTask)):
+        first = task.unit * stream.unit
+        indices = [task.index] if isinstance(task, ProbeTask) else range(first, first + stream.unit)
+        return {
+            "task": f"{kind} {task.unit} of {stream.name}",
+            "stream": stream.id,
+            "unit": task.unit,
+            "candidates": [stream.key(index) for index in indices],
+        }
+    return {"task": f"{kind} of {stream.name}", "stream": stream.id}
 
 
 class Work(Protocol):

@@ -97,6 +97,16 @@ def read_by(seedloom: Any, output: Path, reader: tuple[str, ...]) -> Any:
     return seedloom(command, output, *more, *options)
 
 
+def assert_refused(seedloom: Any, output: Path, reader: tuple[str, ...], why: str) -> None:
+    """In one line that says so, by a command and by the dataset of a training."""
+    ended = read_by(seedloom, output, reader)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.count("\n") == 1
+    assert f"{why}; upgrade to read it" in ended.err
+    with pytest.raises(UserError, match="newer seedloom"):
+        open_dataset(str(output))
+
+
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_older_build_is_read(seedloom, output, version):
     age(output, version)
@@ -149,12 +159,7 @@ def test_a_newer_manifest_is_refused_in_one_line(seedloom, output, reader):
         lambda rows: (rows, tables.VERSION),
         lambda changed: changed.update(version=newer, invented_later=1),
     )
-    ended = read_by(seedloom, output, reader)
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.count("\n") == 1
-    assert f"manifest.json: written by a newer seedloom (format {newer}); upgrade to read it" in ended.err
-    with pytest.raises(UserError, match="newer seedloom"):
-        open_dataset(str(output))
+    assert_refused(seedloom, output, reader, f"manifest.json: written by a newer seedloom (format {newer})")
 
 
 @pytest.mark.parametrize("reader", [r for r in READERS if r[0] != "status"], ids=lambda reader: reader[0])
@@ -166,9 +171,4 @@ def test_newer_shards_are_refused_in_one_line(seedloom, output, reader):
         lambda rows: (rows.rename_columns({"offset": "start"}), newer),
         lambda changed: None,
     )
-    ended = read_by(seedloom, output, reader)
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.count("\n") == 1
-    assert f".parquet: written by a newer seedloom (format {newer}); upgrade to read it" in ended.err
-    with pytest.raises(UserError, match="newer seedloom"):
-        open_dataset(str(output))
+    assert_refused(seedloom, output, reader, f".parquet: written by a newer seedloom (format {newer})")
