@@ -35,6 +35,11 @@ class Order:
     times: int
 
 
+class _Server(ThreadingHTTPServer):
+    # of a queue of five, more clients at once are not answered before they try again, a second later
+    request_queue_size = 128
+
+
 class FaultProxy:
     def __init__(self, upstream: str):
         self.upstream = urlsplit(upstream)
@@ -80,7 +85,7 @@ class FaultProxy:
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"

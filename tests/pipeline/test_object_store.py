@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,12 +62,10 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def uri(proxy) -> str:
-    import s3fs
-
+def uri(endpoint, proxy) -> str:
     bucket = f"b{uuid.uuid4().hex[:12]}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    proxy.calm()
+    # neither through the proxy nor in the haste of the clients under test
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"), timeout=60).close()
     return f"s3://{bucket}/data"
 
 
